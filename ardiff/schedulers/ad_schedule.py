@@ -1,0 +1,146 @@
+"""The AD schedule: how many denoising steps every frame has had after every iteration. Integers only.
+
+Closed form: step_index[r, f] = clamp(r - offset[f], 0, N), offset = cumulative sum of the gaps between neighbours.
+Shapes: R iterations, F frames (prompt frames included), N inference steps. Row r - 1 of a plan is iteration r.
+Paper: section 3.3, asynchronous denoising scheduler.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCounts:
+    """What a plan costs, counted from its rows.
+
+    Attributes:
+        iterations: network calls, one per row.
+        frame_evaluations: frames the network evaluates: updates + commits + one for every prompt frame.
+        commits: finished new frames that are evaluated once more at timestep 0, because a later frame still needs
+            their keys and values. Prompt frames are not in this number.
+        first_frame_iteration: 1-based iteration in which the first new frame is finished.
+        max_in_flight: the most frames that are updated in one iteration.
+    """
+
+    iterations: int
+    frame_evaluations: int
+    commits: int
+    first_frame_iteration: int
+    max_in_flight: int
+
+
+def ad_schedule(
+    num_frames: int, num_inference_steps: int, ar_step: int | Sequence[int], *, num_prompt_frames: int = 0
+) -> torch.Tensor:
+    """Step index of every frame after every iteration, shape (iterations, num_frames), int64.
+
+    0 = pure noise, `num_inference_steps` = clean. The row before the first iteration (0 for new frames) is not in it.
+
+    Args:
+        num_frames: all frames, prompt frames included, >= 1.
+        num_inference_steps: denoising steps of a new frame, >= 1.
+        ar_step: lag of a frame behind its left neighbour in [0, `num_inference_steps`]; or one lag for every new frame
+            after the first, `num_frames - num_prompt_frames - 1` of them.
+        num_prompt_frames: given frames, clean in every row, in [0, `num_frames` - 1].
+
+    Raises:
+        ValueError: an argument is not an integer or outside its range.
+    """
+    _check_integer("num_frames", num_frames, 1, None)
+    _check_integer("num_inference_steps", num_inference_steps, 1, None)
+    _check_integer("num_prompt_frames", num_prompt_frames, 0, num_frames - 1)
+    num_gaps = num_frames - num_prompt_frames - 1
+    if isinstance(ar_step, Sequence) and not isinstance(ar_step, str):
+        if len(ar_step) != num_gaps:
+            raise ValueError(
+                f"`ar_step` must be one int or have one gap for every new frame after the first, {num_gaps} here, but "
+                f"has {len(ar_step)}."
+            )
+        for index, gap in enumerate(ar_step):
+            _check_integer(f"ar_step[{index}]", gap, 0, num_inference_steps)
+        gaps = [int(gap) for gap in ar_step]
+    else:
+        _check_integer("ar_step", ar_step, 0, num_inference_steps)
+        gaps = [int(ar_step)] * num_gaps
+
+    offset = torch.tensor([0, *gaps], dtype=torch.int64).cumsum(0)
+    iteration = torch.arange(1, num_inference_steps + int(offset[-1]) + 1)
+    new_frames = (iteration[:, None] - offset).clamp(0, num_inference_steps)
+    prompt_frames = new_frames.new_full((len(iteration), num_prompt_frames), num_inference_steps)
+    return torch.cat([prompt_frames, new_frames], dim=1)
+
+
+def smallest_gap(window: int, num_inference_steps: int) -> int:
+    """Smallest int `ar_step` with which any number of frames keeps at most `window` (>= 1) of them in flight."""
+    _check_integer("window", window, 1, None)
+    _check_integer("num_inference_steps", num_inference_steps, 1, None)
+    return -(-num_inference_steps // window)
+
+
+def check_window(schedule: torch.Tensor, window: int, *, num_prompt_frames: int | None = None) -> None:
+    """Refuse a plan that updates more than `window` frames in one iteration.
+
+    Args:
+        schedule: a plan of `ad_schedule`, shape (iterations, num_frames).
+        window: how many frames a frame can see, itself included, >= 1.
+        num_prompt_frames: as in `plan_counts`.
+
+    Raises:
+        ValueError: names the smallest gap that works.
+    """
+    _check_integer("window", window, 1, None)
+    in_flight = int(_updates(schedule, num_prompt_frames).sum(1).max())
+    if in_flight > window:
+        num_inference_steps = int(schedule[-1, -1])
+        raise ValueError(
+            f"`ar_step` must be at least {smallest_gap(window, num_inference_steps)} for {schedule.shape[1]} frames at "
+            f"{num_inference_steps} steps: the model's window holds {window} frames but this plan has {in_flight} in "
+            f"flight at once."
+        )
+
+
+def plan_counts(schedule: torch.Tensor, *, num_prompt_frames: int | None = None) -> PlanCounts:
+    """Count what a plan costs with cached keys and values.
+
+    Args:
+        schedule: a plan of `ad_schedule`, shape (iterations, num_frames).
+        num_prompt_frames: None reads it from the plan: frames that are clean in the first row. With one inference
+            step a new frame is clean there too, and None then takes every frame as new: pass the number.
+    """
+    updates = _updates(schedule, num_prompt_frames)
+    num_inference_steps = schedule[-1, -1]
+    new_frames = updates.any(0)
+    # argmax of a boolean column is its first True; the last frame is never ahead, so it tells if anyone is unfinished.
+    finished_row = (schedule == num_inference_steps).long().argmax(0)
+    committed = new_frames & (schedule[finished_row, -1] < num_inference_steps)
+    num_prompts = int((~new_frames).sum())
+    return PlanCounts(
+        iterations=schedule.shape[0],
+        frame_evaluations=int(updates.sum()) + int(committed.sum()) + num_prompts,
+        commits=int(committed.sum()),
+        first_frame_iteration=int(finished_row[num_prompts]) + 1,
+        max_in_flight=int(updates.sum(1).max()),
+    )
+
+
+def _updates(schedule: torch.Tensor, num_prompt_frames: int | None) -> torch.Tensor:
+    """Which frames change in which iteration, bool, shape (iterations, num_frames)."""
+    num_inference_steps = int(schedule[-1, -1])
+    if num_prompt_frames is None:
+        clean_at_once = int((schedule[0] == num_inference_steps).sum())
+        num_prompt_frames = clean_at_once if num_inference_steps > 1 else 0
+    _check_integer("num_prompt_frames", num_prompt_frames, 0, schedule.shape[1] - 1)
+    before = torch.zeros_like(schedule[:1])
+    before[:, :num_prompt_frames] = num_inference_steps
+    return schedule != torch.cat([before, schedule[:-1]])
+
+
+def _check_integer(name: str, value: int, low: int, high: int | None) -> None:
+    allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"`{name}` must be an integer {allowed} but is {value!r}.")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"`{name}` must be {allowed} but is {value}.")
