@@ -1,0 +1,167 @@
+"""Training of the causal transformer on the tokens of a frozen autoencoder (AR-Diffusion sections 3.2 and 3.3).
+
+Every clip is noised with one timestep per frame. Most clips get them from FoPP; a share gets equal timesteps and a share
+rows of real sampling plans (FoPP almost never shows equal timesteps, or a single noisy frame behind clean ones).
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ardiff.data.clips import step_generator, to_pixels
+from ardiff.models.autoencoder_arvae import AutoencoderARVAE
+from ardiff.models.transformer_ardiff import ARDiffTransformerModel
+from ardiff.pipelines.pipeline_ardiff import ARDiffPipeline
+from ardiff.schedulers.scheduling_ad import ADScheduler
+from ardiff.training.autoencoder import clip_dataset
+from ardiff.training.loop import TrainingConfig, TrainingRun, option
+from ardiff.training.losses import diffusion_loss
+from ardiff.training.timesteps import (
+    sample_fopp,
+    sample_incremental,
+    sample_independent,
+    sample_lagged,
+    sample_synchronous,
+)
+
+
+SAMPLERS = {
+    "fopp": sample_fopp,
+    "synchronous": sample_synchronous,
+    "independent": sample_independent,
+    "incremental": sample_incremental,
+    "lagged": sample_lagged,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionTrainingConfig(TrainingConfig):
+    """Options of `ardiff train`."""
+
+    vae: str = option("runs/autoencoder/vae", "folder of the trained autoencoder")
+    width: int = option(256, "transformer width")
+    depth: int = option(8, "transformer blocks")
+    num_heads: int = option(4, "attention heads")
+    prediction_type: str = option("sample", "'sample' (x0), 'epsilon' or 'v_prediction'")
+    timesteps: str = option("fopp", f"law of the training timesteps: {', '.join(SAMPLERS)}")
+    synchronous_share: float = option(0.1, "share of clips with one timestep for all frames")
+    lagged_share: float = option(0.3, "share of clips with a row of a random sampling plan")
+    class_dropout: float = option(0.1, "share of clips trained without their class, for guidance")
+    draws_per_clip: int = option(2, "how many times a clip is noised in a step; encoding it costs once")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.timesteps not in SAMPLERS:
+            raise ValueError(f"`timesteps` must be one of {', '.join(SAMPLERS)} but is {self.timesteps!r}.")
+        if self.draws_per_clip < 1:
+            raise ValueError(f"`draws_per_clip` must be at least 1 but is {self.draws_per_clip}.")
+        shares = self.synchronous_share, self.lagged_share
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(
+                f"`synchronous_share` and `lagged_share` must be >= 0 and at most 1 together but are {shares}."
+            )
+
+
+PRESETS = {
+    "scenes-64-cpu": DiffusionTrainingConfig(
+        batch_size=16, num_steps=8_000, learning_rate=1e-3, optimizer="muon", checkpoint_every=500, sample_every=1000
+    ),
+    "scenes-64-gpu": DiffusionTrainingConfig(
+        batch_size=128, num_steps=60_000, learning_rate=1e-3, optimizer="muon", width=384, depth=12, num_heads=6,
+        ema_decay=0.9995, checkpoint_every=2000, sample_every=5000, num_workers=12,
+    ),
+}  # fmt: skip
+
+
+def draw_timesteps(
+    config: DiffusionTrainingConfig,
+    batch_size: int,
+    num_frames: int,
+    num_train_timesteps: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Timesteps (batch_size, num_frames) by the configured law and the shares of synchronous and lagged clips."""
+    sizes = batch_size, num_frames, num_train_timesteps
+    timesteps = SAMPLERS[config.timesteps](*sizes, generator=generator)
+    lagged = sample_lagged(*sizes, generator=generator)
+    synchronous = sample_synchronous(*sizes, generator=generator)
+    choice = torch.rand(batch_size, 1, generator=generator)
+    timesteps = torch.where(choice < config.lagged_share + config.synchronous_share, lagged, timesteps)
+    return torch.where(choice < config.synchronous_share, synchronous, timesteps)
+
+
+def train_diffusion(config: DiffusionTrainingConfig) -> Path:
+    """Train, or go on where the run folder stands; returns the folder of the pipeline (`<out>/pipeline`)."""
+    vae = AutoencoderARVAE.from_pretrained(config.vae, dtype=torch.float32).eval().requires_grad_(False)
+    if vae.config.image_size != config.image_size:
+        raise ValueError(
+            f"`image_size` must be the autoencoder's, {vae.config.image_size}, but is {config.image_size}."
+        )
+    torch.random.default_generator.manual_seed(config.seed)
+    scheduler = ADScheduler(prediction_type=config.prediction_type)
+    class_names = list(clip_dataset(config, 1, 0).class_names)
+    transformer = ARDiffTransformerModel(
+        num_tokens=vae.num_tokens,
+        in_channels=vae.config.latent_channels,
+        width=config.width,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        window=config.num_frames,
+        class_names=class_names,
+    )
+    run = TrainingRun(config, transformer.train())
+    device, rank = run.accelerator.device, run.accelerator.process_index
+    vae.to(device)
+    for frames, labels in run.loader(clip_dataset(config, config.batch_size, rank), run.step, config.num_steps):
+        generator = step_generator(config.seed, run.step, rank)
+        with torch.no_grad(), run.accelerator.autocast():
+            clean = vae.encode(to_pixels(frames.to(device))).mode().float()
+        clean = clean.repeat(config.draws_per_clip, 1, 1, 1)
+        labels = labels.repeat(config.draws_per_clip)
+        dropped = torch.rand(len(labels), generator=generator) < config.class_dropout
+        labels = torch.where(dropped | (labels < 0), len(class_names), labels).to(device)
+        timesteps = draw_timesteps(config, *clean.shape[:2], scheduler.config.num_train_timesteps, generator).to(
+            device
+        )
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        output = run.model(scheduler.add_noise(clean, noise, timesteps), timesteps, labels)
+        if run.update(diffusion_loss(output, scheduler.training_target(clean, noise, timesteps))):
+            export_pipeline(run, vae, scheduler)
+    export_pipeline(run, vae, scheduler)
+    run.close()
+    return run.folder / "pipeline"
+
+
+def export_pipeline(run: TrainingRun, vae: AutoencoderARVAE, scheduler: ADScheduler) -> None:
+    """Write the averaged model as a pipeline in half precision to `<out>/pipeline`, and one clip per class to `samples/`."""
+    if not run.accelerator.is_main_process:
+        return
+    run.swap_in_average()
+    transformer = run.network.eval()
+    pipeline = ARDiffPipeline(vae, transformer, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    classes = pipeline.class_names[:8] or None
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(classes) if classes else 2)]
+    clips = pipeline(
+        class_labels=classes, num_frames=run.config.num_frames, num_inference_steps=25, ar_step=5,
+        generator=generators, output_type="np",
+    ).frames  # fmt: skip
+    strips = (clips * 255).round().astype("uint8").transpose(0, 2, 1, 3, 4)
+    Image.fromarray(strips.reshape(len(clips) * strips.shape[1], -1, 3)).save(
+        run.folder / "samples" / f"step-{run.step:08d}.png"
+    )
+    ARDiffPipeline(copy.deepcopy(vae).half(), copy.deepcopy(transformer).half(), scheduler).save_pretrained(
+        run.folder / "pipeline"
+    )
+    run.network.train()
+    run.swap_out_average()
+
+
+def preset(name: str, **changes: object) -> DiffusionTrainingConfig:
+    """A preset with some options changed."""
+    if name not in PRESETS:
+        raise ValueError(f"`preset` must be one of {', '.join(PRESETS)} but is {name!r}.")
+    return replace(PRESETS[name], **changes)
