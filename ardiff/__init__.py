@@ -1,14 +1,11 @@
 """AR-Diffusion: video generation with one timestep per frame (CVPR 2025, arXiv 2503.07418).
 
 Layers, imports go down only: cli, demo, serving > pipelines, training, evaluation > models, schedulers, data.
+The names below are imported when they are first asked for, so that `ardiff --help` does not wait for torch.
 """
 
+from importlib import import_module
 from pathlib import Path
-
-from ardiff.models import ARDiffTransformerModel, AutoencoderARVAE, FrameKVCache
-from ardiff.pipelines import ARDiffPipeline
-from ardiff.schedulers import ADScheduler, ad_schedule
-from ardiff.training.timesteps import sample_fopp
 
 
 __version__ = "0.1.0"
@@ -23,6 +20,22 @@ __all__ = [
     "bundled_model",
     "sample_fopp",
 ]
+
+_MODULES = {
+    "ADScheduler": "ardiff.schedulers",
+    "ARDiffPipeline": "ardiff.pipelines",
+    "ARDiffTransformerModel": "ardiff.models",
+    "AutoencoderARVAE": "ardiff.models",
+    "FrameKVCache": "ardiff.models",
+    "ad_schedule": "ardiff.schedulers",
+    "sample_fopp": "ardiff.training.timesteps",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def bundled_model(name: str = "scenes-64") -> Path:

@@ -191,7 +191,6 @@ class AutoencoderARVAE(ModelMixin, ConfigMixin):
             nn.Conv2d(half, 12, 3, padding=1),
             nn.PixelShuffle(2),
         )
-        self.to(memory_format=torch.channels_last)
 
     def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         if self.config.latents_mean is None:

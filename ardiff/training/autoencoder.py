@@ -26,7 +26,7 @@ class AutoencoderTrainingConfig(TrainingConfig):
     init_from: str = option("", "autoencoder folder to start from; needed by stage 'decoder'")
     latent_channels: int = option(16, "channels per token")
     width: int = option(192, "token width")
-    kl_weight: float = option(1e-4, "weight of the KL term")
+    kl_weight: float = option(4e-4, "weight of the KL term")
     picture_share: float = option(0.15, "share of generic pictures among the frames of stage 'frames'")
 
     def __post_init__(self) -> None:
@@ -40,9 +40,13 @@ class AutoencoderTrainingConfig(TrainingConfig):
 
 
 PRESETS = {
-    "scenes-64-cpu": AutoencoderTrainingConfig(num_steps=8_000, batch_size=64, checkpoint_every=500),
+    "scenes-64-cpu": AutoencoderTrainingConfig(num_steps=5_000, batch_size=64, checkpoint_every=250, sample_every=250),
+    "scenes-64-cpu-decoder": AutoencoderTrainingConfig(
+        stage="decoder", init_from="runs/autoencoder/vae", num_steps=3_000, batch_size=6, num_frames=6, learning_rate=5e-4,
+        checkpoint_every=100, sample_every=200,
+    ),
     "scenes-64-gpu": AutoencoderTrainingConfig(num_steps=60_000, batch_size=256, checkpoint_every=2000, num_workers=8),
-}
+}  # fmt: skip
 
 
 def clip_dataset(config: TrainingConfig, batch_size: int, rank: int) -> SceneClips | VideoFolderClips:

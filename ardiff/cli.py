@@ -1,0 +1,375 @@
+"""The `ardiff` command: one verb per job, `--help` on each.
+
+torch and everything built on it are imported by the verb that runs, so that `ardiff --help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import secrets
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One job of the command: a line of help, its options, and the function that does it."""
+
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0, or 2 after one line on stderr when the input was wrong."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser(argv).parse_args(argv)
+    try:
+        VERBS[args.verb].run(args)
+    except (ValueError, OSError) as error:
+        print(f"ardiff: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for `argv`; only the verb in its first place gets its options, some of which import torch to be listed."""
+    parser = argparse.ArgumentParser(prog="ardiff", description="Asynchronous auto-regressive video diffusion.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        verb_parser = verbs.add_parser(name, help=verb.help, description=verb.help)
+        if list(argv[:1]) == [name]:
+            verb.add_options(verb_parser)
+    return parser
+
+
+# --- values given on the command line ---------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> str:
+    """`auto` is the first of cuda, mps, cpu that is there; any other name is returned as it came."""
+    import torch
+
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def choose_model(model: str | None) -> str | Path:
+    """A folder or Hub id as given; None is the bundled model."""
+    from ardiff import bundled_model
+
+    return bundled_model() if model is None else model
+
+
+def hide_loading_bar() -> None:
+    """Loading a model takes less than a second; diffusers' bar for it would stand above every error line."""
+    from diffusers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+def parse_gaps(text: str) -> int | list[int]:
+    """`5` is one gap for all frames, `5,5,50` one gap per new frame after the first."""
+    gaps = parse_gap_list(text)
+    return gaps[0] if len(gaps) == 1 else gaps
+
+
+def parse_gap_list(text: str) -> list[int]:
+    """`0,5,50`: integers between commas."""
+    try:
+        return [int(gap) for gap in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be an integer or integers between commas but is {text!r}") from error
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a model folder or a Hub id; default: the bundled model")
+    parser.add_argument(
+        "--device", default="auto", help="auto (cuda, mps or cpu, the first that is there) or a torch device"
+    )
+
+
+# --- generate ---------------------------------------------------------------------------------------------------
+
+
+def add_generate_options(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument("--scene", help="what to show, one of the model's class names; default: unconditional")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="PATH",
+        help="an image or a video to go on from; repeatable",
+    )
+    parser.add_argument(
+        "--prompt-frames", type=int, metavar="N", help="take at most N frames of the prompt; default: 4 of each video"
+    )
+    parser.add_argument(
+        "--num-frames", type=int, default=16, help="frames in all, prompt frames included; default: 16"
+    )
+    parser.add_argument(
+        "--ar-step",
+        type=parse_gaps,
+        default=5,
+        metavar="GAP",
+        help="timestep gap between neighbouring frames, 0 (together) to the steps (one by one), "
+        "or one gap per new frame after the first: 5,5,50; default: 5",
+    )
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps of every frame; default: 50")
+    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale towards the scene; default: 2.0")
+    parser.add_argument("--seed", type=int, help="default: drawn at random; always printed")
+    parser.add_argument("--fps", type=int, default=8, help="frames a second of the file, 1 to 60; default: 8")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="number format of the model; default: float32"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("video.mp4"), help=".mp4, .gif, .webp or .png (a strip); default: video.mp4"
+    )
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    from ardiff.data.video import WRITE_SUFFIXES, write_video
+
+    check_output(args.out, WRITE_SUFFIXES)
+    if not 1 <= args.fps <= 60:
+        raise ValueError(f"`--fps` must be in [1, 60] but is {args.fps}.")
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+
+    import torch
+    from tqdm import tqdm
+
+    from ardiff import ARDiffPipeline
+
+    hide_loading_bar()
+    pipe = ARDiffPipeline.from_pretrained(choose_model(args.model), dtype=getattr(torch, args.dtype))
+    pipe.to(choose_device(args.device))
+    prompt = read_prompt(args.prompt, args.prompt_frames, pipe.image_size)
+    steps = pipe.stream(
+        prompt_frames=prompt or None,
+        class_labels=None if args.scene is None else [args.scene],
+        num_frames=args.num_frames,
+        ar_step=args.ar_step,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        generator=torch.Generator("cpu").manual_seed(seed),
+    )
+    print(f"seed {seed}")
+    frames, seconds = [], []
+    started = time.monotonic()
+    with tqdm(unit="call", delay=0.1) as bar:  # the delay keeps a refused request to its one line
+        for step in steps:
+            frames += [frame for _, frame in step.finished]
+            seconds += [time.monotonic() - started] * len(step.finished)
+            bar.total = step.num_iterations
+            bar.set_postfix_str(f"frames {len(frames)}/{args.num_frames}", refresh=False)
+            bar.update()
+    write_video(frames, args.out, fps=args.fps)
+    print(
+        f"{len(frames)} frames in {seconds[-1]:.1f} s, the first new one after {seconds[len(prompt)]:.1f} s: {args.out}"
+    )
+
+
+def read_prompt(paths: Sequence[Path], max_frames: int | None, size: int) -> list:
+    """Prompt frames of `paths` in order, uint8 (size, size, 3) each."""
+    from ardiff.data.video import fit_frame, read_image, read_video
+
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"`--prompt-frames` must be at least 1 but is {max_frames}.")
+    frames = []
+    for path in paths:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            frames.append(fit_frame(read_image(path), size))
+        else:
+            frames += list(read_video(path, size=size, max_frames=4 if max_frames is None else max_frames))
+    return frames[:max_frames]
+
+
+def check_output(path: Path, suffixes: Sequence[str]) -> None:
+    """Refuse a path that cannot be written, before the work and not after it."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"`--out` must end in {', '.join(suffixes)} but is {path}.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"`--out` must be in a folder that exists but is {path}.")
+
+
+# --- train ------------------------------------------------------------------------------------------------------
+
+
+def add_autoencoder_options(parser: argparse.ArgumentParser) -> None:
+    from ardiff.training.autoencoder import PRESETS, AutoencoderTrainingConfig
+
+    add_config_options(parser, AutoencoderTrainingConfig, sorted(PRESETS))
+
+
+def run_train_autoencoder(args: argparse.Namespace) -> None:
+    from ardiff.training.autoencoder import AutoencoderTrainingConfig, preset, train_autoencoder
+
+    train_autoencoder(preset(args.preset, **given_options(args, AutoencoderTrainingConfig)))
+
+
+def add_diffusion_options(parser: argparse.ArgumentParser) -> None:
+    from ardiff.training.diffusion import PRESETS, DiffusionTrainingConfig
+
+    add_config_options(parser, DiffusionTrainingConfig, sorted(PRESETS))
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from ardiff.training.diffusion import DiffusionTrainingConfig, preset, train_diffusion
+
+    train_diffusion(preset(args.preset, **given_options(args, DiffusionTrainingConfig)))
+
+
+def add_config_options(parser: argparse.ArgumentParser, config_class: type, presets: Sequence[str]) -> None:
+    """One option per field of a training config; one that is not given stays as the preset has it."""
+    parser.add_argument("--preset", choices=presets, default="scenes-64-cpu", help="default: scenes-64-cpu")
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            help=field.metadata["help"].replace("%", "%%"),
+            **option_type(hints[field.name]),
+        )
+
+
+def option_type(hint: typing.Any) -> dict[str, typing.Any]:
+    """What argparse needs to read a value of this type; for `X | None` the word none is None."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if origin is typing.Literal:
+        return {"choices": parts, "type": type(parts[0])}
+    if origin in (list, tuple):
+        return {"nargs": "+", "type": parts[0]}
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = [part for part in parts if part is not types.NoneType]
+        option = option_type(inner)
+        if "type" in option and "choices" not in option:
+            option["type"] = optional(option["type"])
+        return option
+    return {"type": hint}
+
+
+def optional(parse: Callable[[str], typing.Any]) -> Callable[[str], typing.Any]:
+    def parse_optional(text: str) -> typing.Any:
+        return None if text.lower() == "none" else parse(text)
+
+    parse_optional.__name__ = parse.__name__  # argparse names it in "invalid ... value"
+    return parse_optional
+
+
+def given_options(args: argparse.Namespace, config_class: type) -> dict[str, typing.Any]:
+    """The fields of a training config that the command line names."""
+    names = [field.name for field in dataclasses.fields(config_class) if hasattr(args, field.name)]
+    values = {name: getattr(args, name) for name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+# --- evaluate, scenes, demo -------------------------------------------------------------------------------------
+
+
+def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument("--scenes", nargs="+", metavar="SCENE", help="default: all that the model knows")
+    parser.add_argument("--num-clips", type=int, default=64, help="held-out clips of each scene; default: 64")
+    parser.add_argument(
+        "--gaps", type=parse_gap_list, default=[0, 5, 50], help="timestep gaps of the samples; default: 0,5,50"
+    )
+    parser.add_argument(
+        "--prediction-gaps", type=parse_gap_list, default=[5], help="timestep gaps of the continuations; default: 5"
+    )
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps of every frame; default: 50")
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; default: 1.0, which is off")
+    parser.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="of the generation; default: float32")
+    parser.add_argument("--batch-size", type=int, default=64, help="clips at once; default: 64")
+    parser.add_argument("--seed", type=int, default=0, help="of the clips and of the noise; default: 0")
+    parser.add_argument("--out", type=Path, default=Path("report.json"), help="default: report.json")
+    parser.add_argument(
+        "--samples", type=Path, metavar="FOLDER", help="for one picture of clips per scene; default: none"
+    )
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    check_output(args.out, (".json",))
+
+    from ardiff.evaluation.report import evaluate, format_report
+
+    hide_loading_bar()
+    report = evaluate(
+        choose_model(args.model),
+        scenes=args.scenes,
+        num_clips=args.num_clips,
+        seed=args.seed,
+        gaps=args.gaps,
+        prediction_gaps=args.prediction_gaps,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        device=choose_device(args.device),
+        out=args.out,
+        samples=args.samples,
+    )
+    print(format_report(report))
+
+
+def add_scenes_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=int, default=64, help="pixels of a frame's side; default: 64")
+    parser.add_argument("--num-frames", type=int, default=16, help="frames of each clip; default: 16")
+    parser.add_argument("--seed", type=int, default=0, help="of the first clip of each scene; default: 0")
+    parser.add_argument("--out", type=Path, default=Path("scenes.png"), help="default: scenes.png")
+
+
+def run_scenes(args: argparse.Namespace) -> None:
+    check_output(args.out, IMAGE_SUFFIXES)
+
+    from PIL import Image
+
+    from ardiff.data.scenes import contact_sheet
+
+    Image.fromarray(contact_sheet(size=args.size, num_frames=args.num_frames, seed=args.seed)).save(args.out)
+    print(args.out)
+
+
+def add_demo_options(parser: argparse.ArgumentParser, host: str = "127.0.0.1", port: int = 7860) -> None:
+    add_model_options(parser)
+    parser.add_argument("--host", default=host, help=f"address to serve on; default: {host}")
+    parser.add_argument("--port", type=int, default=port, help=f"port to serve on; default: {port}")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from ardiff.demo.ui import launch
+
+    launch(model=args.model, device=args.device, host=args.host, port=args.port)
+
+
+VERBS = {
+    "generate": Verb(help="make a video", add_options=add_generate_options, run=run_generate),
+    "train-autoencoder": Verb(
+        help="train the autoencoder (frames to tokens and back)",
+        add_options=add_autoencoder_options,
+        run=run_train_autoencoder,
+    ),
+    "train": Verb(
+        help="train the transformer on an autoencoder's tokens", add_options=add_diffusion_options, run=run_train
+    ),
+    "evaluate": Verb(help="measure a model on held-out scenes", add_options=add_evaluate_options, run=run_evaluate),
+    "scenes": Verb(help="write a contact sheet of the scenes", add_options=add_scenes_options, run=run_scenes),
+    "demo": Verb(help="serve the studio", add_options=add_demo_options, run=run_demo),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
