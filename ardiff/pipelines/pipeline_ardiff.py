@@ -38,6 +38,7 @@ class _Inputs:
     prompts: torch.Tensor | None  # (B, P, 3, S, S) in [-1, 1]
     labels: torch.Tensor | None  # (B,) int64
     schedule: torch.Tensor  # (R, F)
+    scheduler: ADScheduler  # this run's own: runs with other numbers of steps may be under way
     batch_size: int
     num_prompt_frames: int
 
@@ -136,13 +137,15 @@ class ARDiffPipeline(DiffusionPipeline):
             raise ValueError(f"`guidance_scale` must be in [1, 20] but is {guidance_scale}.")
         schedule = ad_schedule(num_frames, num_inference_steps, ar_step, num_prompt_frames=num_prompt_frames)
         check_window(schedule, self.transformer.config.window, num_prompt_frames=num_prompt_frames)
-        self.scheduler.set_timesteps(num_inference_steps)
+        scheduler = ADScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps)
         return _Inputs(
             prompts=None if prompts is None else prompts.expand(batch_size, -1, -1, -1, -1),
             labels=None
             if class_labels is None
             else torch.tensor([self._class_index(label) for label in class_labels]),
             schedule=schedule,
+            scheduler=scheduler,
             batch_size=batch_size,
             num_prompt_frames=num_prompt_frames,
         )
@@ -205,7 +208,7 @@ class ARDiffPipeline(DiffusionPipeline):
         self, inputs: _Inputs, latents: torch.Tensor, guidance_scale: float, use_cache: bool
     ) -> Iterator[_Iteration]:
         """Run the plan; yields after every iteration. The plan is read as Python ints: nothing waits for the device."""
-        device, num_steps = latents.device, self.scheduler.num_inference_steps
+        device, scheduler, num_steps = latents.device, inputs.scheduler, inputs.scheduler.num_inference_steps
         guided = guidance_scale != 1.0 and inputs.labels is not None
         labels = None if inputs.labels is None else inputs.labels.to(device)
         if guided:
@@ -220,7 +223,7 @@ class ARDiffPipeline(DiffusionPipeline):
             start, stop = active[0], active[-1] + 1
             # Finished frames in front of the active ones: with a cache only those it does not hold yet.
             first = cache.num_committed if use_cache else 0
-            timestep = self.scheduler.timestep_of(before[first:stop]).to(device)
+            timestep = scheduler.timestep_of(before[first:stop]).to(device)
             sample = latents[:, first:stop]
             model_input = torch.cat([sample, sample]) if guided else sample
             output = self.transformer(
@@ -233,7 +236,7 @@ class ARDiffPipeline(DiffusionPipeline):
             if guided:
                 without, with_class = output.chunk(2)
                 output = without + guidance_scale * (with_class - without)
-            result = self.scheduler.step(output, before[start:stop], latents[:, start:stop])
+            result = scheduler.step(output, before[start:stop], latents[:, start:stop])
             guess = torch.cat([latents[:, :start], result.pred_original_sample, latents[:, stop:]], dim=1)
             latents = torch.cat([latents[:, :start], result.prev_sample, latents[:, stop:]], dim=1)
             before = after
@@ -288,7 +291,7 @@ class ARDiffPipeline(DiffusionPipeline):
                     iteration=state.row + 1,
                     num_iterations=len(inputs.schedule),
                     step_index=step_index,
-                    noise_level=self.scheduler.noise_level(step_index),
+                    noise_level=inputs.scheduler.noise_level(step_index),
                     frame_evaluations=state.frame_evaluations,
                     finished=finished,
                     decode_guess=lambda frames, guess=state.guess: self._decode_frames(guess, frames),

@@ -221,6 +221,25 @@ def test_closing_the_generator_frees_the_run(tiny_pipeline, monkeypatch):
     assert torch.is_grad_enabled()
 
 
+def test_two_runs_at_once_do_not_meet(tiny_pipeline):
+    def frames_of(steps):
+        return [frame for step in steps for _, frame in step.finished]
+
+    def start(num_inference_steps, seed):
+        arguments = {"num_frames": 4, "ar_step": 2, "num_inference_steps": num_inference_steps}
+        return tiny_pipeline.stream(generator=torch.Generator().manual_seed(seed), **arguments)
+
+    alone = [frames_of(start(3, 0)), frames_of(start(9, 1))]
+    first, second = start(3, 0), start(9, 1)
+    first_steps, second_steps = [], []
+    for step in first:
+        first_steps.append(step)
+        second_steps.append(next(second))
+    second_steps += second
+    assert np.array_equal(alone[0], frames_of(first_steps))
+    assert np.array_equal(alone[1], frames_of(second_steps))
+
+
 def test_grad_mode_does_not_leak_between_yields(tiny_pipeline):
     for step in tiny_pipeline.stream(num_frames=2, num_inference_steps=2, ar_step=0):
         assert torch.is_grad_enabled()
