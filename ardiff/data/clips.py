@@ -110,13 +110,3 @@ class ShuffledFrames(Dataset):
             frames = torch.cat([frames, torch.from_numpy(pictures)])
         order = torch.randperm(len(frames), generator=generator)[: self.num_batches * self.batch_size]
         return frames[order].unflatten(0, (self.num_batches, self.batch_size)).unsqueeze(2)
-
-
-def to_pixels(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 (..., S, S, 3) to float32 (..., 3, S, S) in [-1, 1]."""
-    return frames.movedim(-1, -3).float() / 127.5 - 1.0
-
-
-def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels (..., 3, S, S), clamped to [-1, 1], to uint8 (..., S, S, 3)."""
-    return ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8).movedim(-3, -1)

@@ -6,7 +6,7 @@ Shapes: B clips, F frames, L tokens per frame, D features per token, (S, S) pixe
 import numpy as np
 import torch
 
-from ardiff.data.clips import to_pixels, to_uint8
+from ardiff.data.pixels import to_pixels, to_uint8
 from ardiff.models.autoencoder_arvae import AutoencoderARVAE
 
 

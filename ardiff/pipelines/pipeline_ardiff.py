@@ -18,7 +18,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
-from ardiff.data.clips import to_pixels, to_uint8
+from ardiff.data.pixels import to_pixels, to_uint8
 from ardiff.data.video import fit_frame, read_video
 from ardiff.models.autoencoder_arvae import AutoencoderARVAE, DecoderCache
 from ardiff.models.transformer_ardiff import ARDiffTransformerModel

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ardiff.data.clips import SceneClips, ShuffledFrames, VideoFolderClips, step_generator, to_pixels, to_uint8
+from ardiff.data.clips import SceneClips, ShuffledFrames, VideoFolderClips, step_generator
+from ardiff.data.pixels import to_pixels, to_uint8
 from ardiff.data.scenes import SCENES
 from ardiff.data.video import write_video
 from ardiff.models.autoencoder_arvae import AutoencoderARVAE

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ardiff.data.clips import step_generator, to_pixels
+from ardiff.data.clips import step_generator
+from ardiff.data.pixels import to_pixels
 from ardiff.models.autoencoder_arvae import AutoencoderARVAE
 from ardiff.models.transformer_ardiff import ARDiffTransformerModel
 from ardiff.pipelines.pipeline_ardiff import ARDiffPipeline

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ardiff.data.clips import to_pixels
+from ardiff.data.pixels import to_pixels
 from ardiff.data.scenes import render_batch
 from ardiff.evaluation.features import clip_features, reconstruct
 
