@@ -1,0 +1,416 @@
+"""One model, many visitors: the studio without its page.
+
+A `Session` owns one worker thread, and that thread alone runs the model. `Session.run` gives a generator of events; closing
+it ends the run at the model's next iteration, `Session.stop` does the same and keeps the finished frames as a video.
+Frames are (S, S, 3) uint8, S = the model's image size; a prompt is (P, S, S, 3) uint8. Times are seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+
+from ardiff.data.video import fit_frame, read_image, read_video, write_video
+from ardiff.demo.presets import (
+    FPS,
+    IMAGE_SUFFIXES,
+    LIMITS,
+    VIDEO_SUFFIXES,
+    Event,
+    Failed,
+    Finished,
+    FrameReady,
+    GenerationRequest,
+    Preview,
+    Progress,
+    Prompt,
+    Queued,
+)
+from ardiff.schedulers.ad_schedule import ad_schedule, check_window
+
+
+TICK = 0.1
+"""Shortest time between two progress events: a browser is sent at most ten pictures of the run a second."""
+
+PREVIEW_SHARE = 0.15
+"""Decoding guesses of unfinished frames may take at most this share of a run's time."""
+
+KEEP_RUNS = 3600.0
+"""Age in seconds after which the files of a finished run are removed."""
+
+
+@dataclass
+class Cost:
+    """Seconds per model call and per frame evaluation, measured here: what the page's estimate is made of."""
+
+    call: float = 0.02
+    frame: float = 0.004
+    preview: float | None = None
+
+    def seconds(self, calls: float, evaluations: float, guided: bool) -> float:
+        return calls * self.call + evaluations * self.frame * (2 if guided else 1)
+
+    def learn(self, predicted: float, measured: float) -> None:
+        """Move both figures half-way towards what a whole run took."""
+        factor = float(np.clip(measured / max(predicted, 1e-6), 0.2, 5.0)) ** 0.5
+        self.call *= factor
+        self.frame *= factor
+
+
+@dataclass(eq=False)
+class _Run:
+    request: GenerationRequest
+    folder: Path
+    id: str
+    stop: threading.Event = field(default_factory=threading.Event)
+    events: queue.SimpleQueue[Event | None] = field(default_factory=queue.SimpleQueue)
+    future: Future[float] | None = None
+
+
+class _PreviewPace:
+    """Decides how many guesses may be decoded now so that decoding stays within its share of the run's time."""
+
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+        self.spent = 0.0
+        self.last_shown: dict[int, int] = {}
+
+    def choose(self, active: Sequence[int], elapsed: float) -> list[int]:
+        """Neighbouring frames, from the one not seen for longest on: neighbours share most of what decoding them needs."""
+        budget = PREVIEW_SHARE * elapsed - self.spent
+        count = 1 if self.cost.preview is None else int(budget / self.cost.preview)
+        oldest = min(range(len(active)), key=lambda at: self.last_shown.get(active[at], -1), default=0)
+        return list(active[oldest : oldest + max(count, 0)])
+
+    def paid(self, frames: Sequence[int], iteration: int, seconds: float) -> None:
+        self.spent += seconds
+        each = seconds / len(frames)
+        self.cost.preview = each if self.cost.preview is None else 0.7 * self.cost.preview + 0.3 * each
+        self.last_shown.update(dict.fromkeys(frames, iteration))
+
+
+class Session:
+    """The studio's model and the visitors who share it, one run at a time, first come, first served.
+
+    Args:
+        pipeline: an `ARDiffPipeline`, already on its device. From now on only the session's worker thread uses it.
+        name: how the model is called on the page.
+        warm_up: measure the model's speed once, in the background, so that the first estimate is honest.
+    """
+
+    def __init__(self, pipeline: Any, *, name: str = "model", warm_up: bool = True) -> None:
+        self._pipeline = pipeline
+        self.name = name
+        self.image_size: int = pipeline.image_size
+        self.scenes: tuple[str, ...] = tuple(pipeline.class_names or ())
+        self.window: int = pipeline.transformer.config.window
+        self.device = str(pipeline.device)
+        self.cost = Cost()
+        self.folder = Path(tempfile.mkdtemp(prefix="ardiff-studio-"))
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ardiff-model")
+        self._lock = threading.Lock()
+        self._waiting: list[_Run] = []
+        self._running: _Run | None = None
+        self._live: dict[str, _Run] = {}
+        self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        if warm_up:
+            self._worker.submit(self._measure)
+
+    # What a visitor does -----------------------------------------------------------------------------------------
+
+    def run(self, request: GenerationRequest) -> Iterator[Event]:
+        """Queue `request` and give its events: Queued, then FrameReady / Preview / Progress, then Finished or Failed.
+
+        Raises ValueError at once, with one sentence, for a scene the model does not know, for a gap that keeps more
+        frames in flight than the model's window, and when too many visitors wait already.
+        """
+        if request.scene is not None and request.scene not in self.scenes:
+            raise ValueError(f"The scene (`scene`) must be one of {', '.join(self.scenes)}, got {request.scene!r}.")
+        check_window(self._plan(request), self.window, num_prompt_frames=request.num_prompt_frames)
+        self.sweep()
+        run_id = uuid.uuid4().hex
+        run = _Run(request, self.folder / run_id, run_id)
+        with self._lock:
+            if len(self._waiting) >= LIMITS.waiting_visitors:
+                raise ValueError(f"{len(self._waiting)} visitors are waiting already; please try again in a minute.")
+            run.folder.mkdir()
+            self._live[run.id] = run
+            self._waiting.append(run)
+            place = self._place(run)
+            run.future = self._worker.submit(self._work, run)
+        run.future.add_done_callback(lambda _: run.events.put(None))
+        return self._events(run, place)
+
+    def stop(self, run_id: str) -> bool:
+        """End a run at its next iteration and keep its finished frames. False when there is no such run."""
+        with self._lock:
+            run = self._live.get(run_id)
+        if run is None:
+            return False
+        run.stop.set()
+        self._leave_queue(run)
+        return True
+
+    def read_prompt(self, paths: Sequence[str | Path]) -> Prompt | None:
+        """Read uploaded pictures, or one video, into prompt frames. Raises ValueError with one sentence; None for no file."""
+        return read_prompt(paths, self.image_size) if paths else None
+
+    def prompt_preview(self, prompt: Prompt) -> list[np.ndarray]:
+        """The prompt frames as the model sees them: through its encoder and decoder and back."""
+        return self._on_worker(lambda: list(self._pipeline.reconstruct(prompt.frames)))
+
+    def sweep(self, max_age: float = KEEP_RUNS) -> None:
+        """Remove the files of runs that ended more than `max_age` seconds ago."""
+        with self._lock:
+            live = set(self._live)
+        for folder in self.folder.iterdir():
+            if folder.name not in live and time.time() - folder.stat().st_mtime > max_age:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """End every run, wait for the model's current iteration and remove all files."""
+        with self._lock:
+            runs = list(self._live.values())
+        for run in runs:
+            run.stop.set()
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # The visitor's side of a run ---------------------------------------------------------------------------------
+
+    def _events(self, run: _Run, place: int) -> Iterator[Event]:
+        frames: list[np.ndarray] = []
+        try:
+            yield Queued(run.id, place)
+            while True:
+                try:
+                    event = run.events.get(timeout=1.0)
+                except queue.Empty:
+                    # A word each second, so that a visitor who left is noticed while still waiting.
+                    with self._lock:
+                        event = Queued(run.id, self._place(run)) if run in self._waiting else False
+                    if not event:
+                        continue
+                if event is None:
+                    break
+                if isinstance(event, FrameReady):
+                    frames.append(event.frame)
+                    Image.fromarray(event.frame).save(run.folder / f"frame-{event.index:03d}.png")
+                yield event
+            yield self._conclude(run, frames)
+        finally:
+            run.stop.set()
+            self._leave_queue(run)
+            with self._lock:
+                self._live.pop(run.id, None)
+
+    def _conclude(self, run: _Run, frames: list[np.ndarray]) -> Finished | Failed:
+        error = None if run.future.cancelled() else run.future.exception()
+        seconds = 0.0 if error or run.future.cancelled() else run.future.result()
+        video = None
+        if frames:
+            video = run.folder / "video.mp4"
+            write_video(frames, video, fps=FPS)
+        if error is not None:
+            return Failed(run.id, describe(error), video, len(frames))
+        stopped = len(frames) < run.request.num_frames
+        settings = {**run.request.settings(), "model": self.name, "finished_frames": len(frames), "seconds": seconds}
+        (run.folder / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        return Finished(run.id, video, len(frames), stopped, seconds, settings)
+
+    def _leave_queue(self, run: _Run) -> None:
+        if run.future is not None and run.future.cancel():
+            with self._lock:
+                self._waiting.remove(run)
+                self._tell_places()
+
+    def _place(self, run: _Run) -> int:
+        return self._waiting.index(run) + (self._running is not None)
+
+    def _tell_places(self) -> None:
+        for run in self._waiting:
+            run.events.put(Queued(run.id, self._place(run)))
+
+    # The worker's side: everything below runs on the one thread that owns the model ------------------------------
+
+    def _work(self, run: _Run) -> float:
+        with self._lock:
+            self._waiting.remove(run)
+            self._running = run
+            self._tell_places()
+        try:
+            return self._generate(run)
+        finally:
+            with self._lock:
+                self._running = None
+
+    def _generate(self, run: _Run) -> float:
+        request, pace = run.request, _PreviewPace(self.cost)
+        ahead = self._seconds_ahead(request)
+        started, ticked = time.monotonic(), float("-inf")
+        stream = self._pipeline.stream(**self.arguments(request))
+        try:
+            for step in stream:
+                for index, frame in step.finished:
+                    run.events.put(FrameReady(run.id, index, frame))
+                done = step.iteration == step.num_iterations
+                if time.monotonic() - ticked >= TICK or done:
+                    self._preview(run, step, pace, time.monotonic() - started)
+                    ticked = time.monotonic()
+                    indices, levels = tuple(step.step_index.tolist()), tuple(step.noise_level.tolist())
+                    times = ticked - started, self._time_left(ahead, step.iteration, ticked - started)
+                    run.events.put(Progress(run.id, step.iteration, step.num_iterations, indices, levels, *times))
+                if run.stop.is_set():
+                    break
+                self._run_errands()
+        finally:
+            stream.close()
+        seconds = time.monotonic() - started
+        if not run.stop.is_set():
+            self.cost.learn(float(ahead[0]), seconds - pace.spent)
+        return seconds
+
+    def _preview(self, run: _Run, step: Any, pace: _PreviewPace, elapsed: float) -> None:
+        steps = run.request.num_inference_steps
+        active = [frame for frame, index in enumerate(step.step_index.tolist()) if 0 < index < steps]
+        chosen = pace.choose(active, elapsed)
+        if chosen:
+            begun = time.monotonic()
+            pictures = step.preview(chosen)
+            pace.paid(chosen, step.iteration, time.monotonic() - begun)
+            run.events.put(Preview(run.id, tuple(zip(chosen, pictures, strict=True))))
+
+    def arguments(self, request: GenerationRequest) -> dict[str, Any]:
+        """The pipeline's arguments for a request: `pipe(**arguments)` gives the very frames of the run."""
+        return {
+            "prompt_frames": None if request.prompt is None else request.prompt.frames,
+            "class_labels": None if request.scene is None else [request.scene],
+            "num_frames": request.num_frames,
+            "ar_step": request.ar_step,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "generator": torch.Generator("cpu").manual_seed(request.seed),
+        }
+
+    def _plan(self, request: GenerationRequest) -> torch.Tensor:
+        return ad_schedule(
+            request.num_frames,
+            request.num_inference_steps,
+            request.ar_step,
+            num_prompt_frames=request.num_prompt_frames,
+        )
+
+    def _seconds_ahead(self, request: GenerationRequest) -> np.ndarray:
+        """(R + 1,) expected seconds from after each iteration to the end; entry 0 is the whole run."""
+        plan = self._plan(request).numpy()
+        before = np.concatenate([np.zeros_like(plan[:1]), plan[:-1]])
+        # Prompt frames count once, in the first iteration, where they are committed.
+        evaluations = (plan > before).sum(axis=1)
+        guided = request.scene is not None and request.guidance_scale > 1
+        rows = [self.cost.seconds(1, count, guided) for count in evaluations]
+        return np.append(np.cumsum(rows[::-1])[::-1], 0.0)
+
+    def _time_left(self, ahead: np.ndarray, iteration: int, elapsed: float) -> float:
+        done = ahead[0] - ahead[iteration]
+        # The first calls are slow (caches, allocations): trust the measured speed only after three of them.
+        pace = elapsed / done if iteration >= 3 and done > 0 else 1.0
+        return float(ahead[iteration] * pace)
+
+    def _measure(self) -> None:
+        """Time a few calls at two lengths: their difference separates the price of a call from that of a frame."""
+        scene = self.scenes[0] if self.scenes else None
+        medians = []
+        for num_frames in (4, 12):
+            request = GenerationRequest(scene=scene, num_frames=num_frames, ar_step=0, num_inference_steps=5)
+            marks = [time.monotonic() for _ in self._pipeline.stream(**self.arguments(request))]
+            # The last call also decodes the video.
+            medians.append(float(np.median(np.diff(marks[:-1]))))
+        evaluations = 8 * (1 + (scene is not None))
+        frame = max((medians[1] - medians[0]) / evaluations, medians[1] / (30 * evaluations))
+        self.cost.frame, self.cost.call = frame, max(medians[0] - evaluations / 2 * frame, medians[0] / 10)
+
+    def _on_worker(self, call: Callable[[], Any]) -> Any:
+        """Run a short `call` on the model's thread: between two iterations when a run is under way."""
+        future: Future[Any] = Future()
+        self._errands.append((future, call))
+        self._worker.submit(self._run_errands)
+        return future.result()
+
+    def _run_errands(self) -> None:
+        while self._errands:
+            future, call = self._errands.popleft()
+            try:
+                future.set_result(call())
+            except (ValueError, RuntimeError) as error:
+                future.set_exception(error)
+
+
+def describe(error: BaseException) -> str:
+    """One sentence for a visitor about what went wrong."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The device ran out of memory: choose a shorter length or a larger gap and try again."
+    return f"The run broke off ({type(error).__name__}: {error}); what had finished is kept."
+
+
+def read_prompt(paths: Sequence[str | Path], size: int) -> Prompt:
+    """Read pictures, or one video, into a `Prompt` of at most eight frames of `size` pixels.
+
+    Raises ValueError with one sentence for anything else: no such kind of file, empty, too large, unreadable, too many.
+    """
+    paths = [Path(path) for path in paths]
+    most = int(LIMITS.prompt_frames.high)
+    for path in paths:
+        _check_file(path)
+    videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+    if videos and len(paths) > 1:
+        raise ValueError(f"Give either pictures or one video as prompt, got a video among {len(paths)} files.")
+    if len(paths) > most:
+        raise ValueError(f"There can be at most {most} prompt frames, got {len(paths)} pictures.")
+    if videos:
+        _check_duration(videos[0])
+        frames = read_video(videos[0], size=size, max_frames=most)
+    else:
+        frames = np.stack([fit_frame(read_image(path), size) for path in paths])
+    return Prompt(frames, ", ".join(path.name for path in paths))
+
+
+def _check_file(path: Path) -> None:
+    if path.suffix.lower() not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+        raise ValueError(
+            f"`{path.name}` is neither a picture (png, jpg, webp, bmp) nor a video (mp4, mov, webm, gif)."
+        )
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"`{path.name}` is empty (0 bytes).")
+    if size > LIMITS.upload_bytes:
+        raise ValueError(
+            f"`{path.name}` has {size / 2**20:.0f} MB; at most {LIMITS.upload_bytes // 2**20} MB are read."
+        )
+
+
+def _check_duration(path: Path) -> None:
+    try:
+        with av.open(str(path)) as container:
+            seconds = (container.duration or 0) / av.time_base
+    except av.error.FFmpegError as error:
+        raise ValueError(f"`{path.name}` cannot be read as a video: {error.strerror}.") from error
+    if seconds > LIMITS.video_seconds:
+        raise ValueError(f"`{path.name}` lasts {seconds:.0f} s; at most {LIMITS.video_seconds:.0f} s are accepted.")
