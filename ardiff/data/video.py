@@ -50,8 +50,7 @@ def read_video(
     frames = []
     num_decoded = 0
     try:
-        options = {"format_whitelist": VIDEO_FORMATS}
-        with av.open(str(path), options=options, metadata_errors="replace") as container:
+        with _open_video(path) as container:
             # A stream of a codec that ffmpeg does not know has no codec context.
             stream = next((stream for stream in container.streams.video if stream.codec_context is not None), None)
             if stream is None:
@@ -80,6 +79,20 @@ def read_video(
     if not frames:
         raise ValueError(f"`start` must be less than the {num_decoded} frames of {path.name} but is {start}.")
     return np.stack(frames)
+
+
+def video_seconds(path: str | os.PathLike) -> float:
+    """How long a video file says it lasts, in seconds, without decoding it; 0.0 when it does not say.
+
+    Raises:
+        ValueError: the file is missing, empty or not a video.
+    """
+    path = _existing_file(path)
+    try:
+        with _open_video(path) as container:
+            return (container.duration or 0) / av.time_base
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path.name} cannot be read as a video; it may be damaged or of another type.") from error
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
@@ -241,6 +254,10 @@ def _check_pixels(name: str, width: int, height: int) -> None:
             f"{name} must have at most {MAX_PIXELS // 10**6} megapixels but has {width * height / 1e6:.1f} "
             f"({width} x {height})."
         )
+
+
+def _open_video(path: Path) -> av.container.InputContainer:
+    return av.open(str(path), options={"format_whitelist": VIDEO_FORMATS}, metadata_errors="replace")
 
 
 def _existing_file(path: str | os.PathLike) -> Path:

@@ -21,12 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from PIL import Image
 
-from ardiff.data.video import fit_frame, read_image, read_video, write_video
+from ardiff.data.video import fit_frame, read_image, read_video, video_seconds, write_video
 from ardiff.demo.presets import (
     FPS,
     IMAGE_SUFFIXES,
@@ -407,10 +406,6 @@ def _check_file(path: Path) -> None:
 
 
 def _check_duration(path: Path) -> None:
-    try:
-        with av.open(str(path)) as container:
-            seconds = (container.duration or 0) / av.time_base
-    except av.error.FFmpegError as error:
-        raise ValueError(f"`{path.name}` cannot be read as a video: {error.strerror}.") from error
+    seconds = video_seconds(path)
     if seconds > LIMITS.video_seconds:
         raise ValueError(f"`{path.name}` lasts {seconds:.0f} s; at most {LIMITS.video_seconds:.0f} s are accepted.")

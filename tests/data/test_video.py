@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ardiff.data.video import fit_frame, read_image, read_video, write_video
+from ardiff.data.video import fit_frame, read_image, read_video, video_seconds, write_video
 
 
 def clip(num_frames=8, height=64, width=64):
@@ -246,6 +246,13 @@ def test_a_playlist_does_not_open_other_files(tmp_path):
     path.write_text("ffconcat version 1.0\nfile clip.mp4\n")
     with pytest.raises(ValueError, match=r"list\.mp4 cannot be read as a video"):
         read_video(path)
+    with pytest.raises(ValueError, match=r"list\.mp4 cannot be read as a video"):
+        video_seconds(path)
+
+
+def test_video_seconds(tmp_path):
+    path = write_video(clip(16), tmp_path / "clip.mp4", fps=8)
+    assert video_seconds(path) == pytest.approx(2.0, abs=0.01)
 
 
 @pytest.mark.parametrize(
