@@ -19,7 +19,7 @@ from ardiff.pipelines.pipeline_ardiff import ARDiffPipeline
 from ardiff.schedulers.scheduling_ad import ADScheduler
 from ardiff.training.autoencoder import clip_dataset
 from ardiff.training.loop import TrainingConfig, TrainingRun, option
-from ardiff.training.losses import diffusion_loss
+from ardiff.training.losses import diffusion_loss, snr_weight
 from ardiff.training.timesteps import (
     sample_fopp,
     sample_incremental,
@@ -51,6 +51,8 @@ class DiffusionTrainingConfig(TrainingConfig):
     synchronous_share: float = option(0.1, "share of clips with one timestep for all frames")
     lagged_share: float = option(0.3, "share of clips with a row of a random sampling plan")
     class_dropout: float = option(0.1, "share of clips trained without their class, for guidance")
+    snr_cap: float = option(5.0, "x0 loss weight of a frame is min(1 + SNR, this); 1 = plain mean squared error")
+    init_from: str = option("", "pipeline folder whose transformer to start from; '' = random weights")
     draws_per_clip: int = option(2, "how many times a clip is noised in a step; encoding it costs once")
 
     def __post_init__(self) -> None:
@@ -59,6 +61,8 @@ class DiffusionTrainingConfig(TrainingConfig):
             raise ValueError(f"`timesteps` must be one of {', '.join(SAMPLERS)} but is {self.timesteps!r}.")
         if self.draws_per_clip < 1:
             raise ValueError(f"`draws_per_clip` must be at least 1 but is {self.draws_per_clip}.")
+        if self.snr_cap < 1.0:
+            raise ValueError(f"`snr_cap` must be at least 1 but is {self.snr_cap}.")
         shares = self.synchronous_share, self.lagged_share
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(
@@ -68,7 +72,7 @@ class DiffusionTrainingConfig(TrainingConfig):
 
 PRESETS = {
     "scenes-64-cpu": DiffusionTrainingConfig(
-        batch_size=8, num_steps=5_000, learning_rate=1.5e-3, optimizer="muon", checkpoint_every=250, sample_every=500
+        batch_size=8, num_steps=5_500, learning_rate=1.5e-3, optimizer="muon", checkpoint_every=250, sample_every=500
     ),
     "scenes-64-gpu": DiffusionTrainingConfig(
         batch_size=128, num_steps=60_000, learning_rate=1e-3, optimizer="muon", width=384, depth=12, num_heads=6,
@@ -113,6 +117,9 @@ def train_diffusion(config: DiffusionTrainingConfig) -> Path:
         window=config.num_frames,
         class_names=class_names,
     )
+    if config.init_from:
+        source = ARDiffTransformerModel.from_pretrained(config.init_from, subfolder="transformer", dtype=torch.float32)
+        transformer.load_state_dict(source.state_dict())
     run = TrainingRun(config, transformer.train())
     device, rank = run.accelerator.device, run.accelerator.process_index
     vae.to(device)
@@ -129,7 +136,12 @@ def train_diffusion(config: DiffusionTrainingConfig) -> Path:
         )
         noise = torch.randn(clean.shape, generator=generator).to(device)
         output = run.model(scheduler.add_noise(clean, noise, timesteps), timesteps, labels)
-        if run.update(diffusion_loss(output, scheduler.training_target(clean, noise, timesteps))):
+        target = scheduler.training_target(clean, noise, timesteps)
+        weight = None
+        if config.prediction_type == "sample":
+            weight = snr_weight(scheduler.alphas_cumprod, timesteps, config.snr_cap)
+        plain = diffusion_loss(output.detach(), target)
+        if run.update(diffusion_loss(output, target, weight), mse=plain):
             export_pipeline(run, vae, scheduler)
     export_pipeline(run, vae, scheduler)
     run.close()

@@ -109,6 +109,16 @@ def test_a_killed_run_goes_on_with_the_same_losses(tmp_path, trained_vae, optimi
     assert len(losses[0]) == 60
 
 
+def test_training_starts_from_a_given_model(tmp_path, trained_vae):
+    first = train_diffusion(diffusion_config(tmp_path / "first", trained_vae))
+    second = train_diffusion(
+        diffusion_config(tmp_path / "second", trained_vae, init_from=str(first), learning_rate=1e-12)
+    )
+    weights = [ARDiffPipeline.from_pretrained(folder).transformer.state_dict() for folder in (first, second)]
+    for name, value in weights[0].items():
+        assert torch.allclose(weights[1][name], value, atol=1e-6), name
+
+
 def test_a_folder_of_videos_trains_too(tmp_path):
     generator = torch.Generator().manual_seed(0)
     for name in ("cats/a", "cats/b", "dogs/c"):
@@ -150,6 +160,7 @@ def test_resumed_steps_are_the_remaining_ones():
         (lambda: diffusion_preset("scenes-64-cpu", num_steps=0), "`num_steps` must be at least 1 but is 0"),
         (lambda: diffusion_preset("scenes-64-cpu", timesteps="fop"), "`timesteps` must be one of .* but is 'fop'"),
         (lambda: diffusion_preset("scenes-64-cpu", lagged_share=0.95), "`lagged_share` .* at most 1 together"),
+        (lambda: diffusion_preset("scenes-64-cpu", snr_cap=0.5), "`snr_cap` must be at least 1 but is 0.5"),
         (lambda: diffusion_preset("scenes-64-cpu", optimizer="sgd"), "`optimizer` must be 'adamw' or 'muon' but is 'sgd'"),
         (lambda: autoencoder_preset("scenes-64-cpu", stage="decoder"), "`init_from` must name"),
         (lambda: autoencoder_preset("scenes-64-cpu", mixed_precision="fp8"), "`mixed_precision` must be 'no' or 'bf16'"),
