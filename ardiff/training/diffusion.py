@@ -4,11 +4,11 @@ Every clip is noised with one timestep per frame. Most clips get them from FoPP;
 rows of real sampling plans (FoPP almost never shows equal timesteps, or a single noisy frame behind clean ones).
 """
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 
 from ardiff.data.clips import step_generator
@@ -166,11 +166,18 @@ def export_pipeline(run: TrainingRun, vae: AutoencoderARVAE, scheduler: ADSchedu
     Image.fromarray(strips.reshape(len(clips) * strips.shape[1], -1, 3)).save(
         run.folder / "samples" / f"step-{run.step:08d}.png"
     )
-    ARDiffPipeline(copy.deepcopy(vae).half(), copy.deepcopy(transformer).half(), scheduler).save_pretrained(
+    ARDiffPipeline(half_precision(vae), half_precision(transformer), scheduler).save_pretrained(
         run.folder / "pipeline"
     )
     run.network.train()
     run.swap_out_average()
+
+
+def half_precision(model: ModelMixin) -> ModelMixin:
+    """A float16 copy whose configuration does not tell the path it was loaded from."""
+    copy = type(model)(**{name: value for name, value in model.config.items() if not name.startswith("_")})
+    copy.load_state_dict(model.state_dict())
+    return copy.half()
 
 
 def preset(name: str, **changes: object) -> DiffusionTrainingConfig:

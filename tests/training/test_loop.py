@@ -80,6 +80,7 @@ def test_diffusion_exports_a_working_pipeline(tmp_path, trained_vae):
     video = pipe(class_labels=["clouds"], num_frames=4, num_inference_steps=3, ar_step=1, output_type="np").frames
     assert video.shape == (1, 4, 16, 16, 3)
     weights = (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert str(trained_vae.parent) not in (folder / "vae" / "config.json").read_text()
     assert weights == pytest.approx(2 * sum(p.numel() for p in pipe.transformer.parameters()), rel=0.2)
 
 
