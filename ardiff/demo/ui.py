@@ -59,6 +59,11 @@ MOVED_JS = (
     f"{{ window.ardiffStudio.setControls(length, gap, steps, guidance, used, scene !== '{NO_SCENE}'); }}"
 )
 STEPS_JS = "(steps, gap) => ({ __type__: 'update', maximum: steps, value: Math.min(gap, steps) })"
+# On a narrow screen the controls lie below the stage: whoever pressed Generate wants to watch.
+WATCH_JS = (
+    "() => { if (matchMedia('(max-width: 900px)').matches)"
+    " document.getElementById('ar-stage').scrollIntoView({ block: 'start' }); }"
+)
 DICE_JS = "() => [Math.floor(Math.random() * 4294967296), true]"
 
 
@@ -401,6 +406,7 @@ def build_demo(session: Session) -> gr.Blocks:
             show_progress="hidden",
             concurrency_limit=LIMITS.waiting_visitors,
         )
+        go.click(None, None, None, js=WATCH_JS, api_visibility="private", queue=False)
         stop.click(studio.stop, run_id, None, api_visibility="private", queue=False)
         demo.load(lambda: plan_value(session), None, plan, api_visibility="private", queue=False)
         with gr.Column(visible=False):

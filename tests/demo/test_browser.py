@@ -302,6 +302,12 @@ def test_phone(browser, site):
             assert box["y"] + box["height"] <= 844
             assert box["height"] >= 44
         assert page.locator(".ar-play").get_attribute("aria-label") == "Play"
+        settle(page, length=4)
+        page.locator("#ar-seed").scroll_into_view_if_needed()
+        assert page.locator("#ar-stage").bounding_box()["y"] < -100
+        press(page, "Generate")
+        page.wait_for_function("Math.abs(document.getElementById('ar-stage').getBoundingClientRect().top) < 40")
+        wait_for_run(page)
 
 
 def test_endpoint(site):
