@@ -55,7 +55,8 @@ def read_video(
             stream = next((stream for stream in container.streams.video if stream.codec_context is not None), None)
             if stream is None:
                 raise ValueError(f"{path.name} has no readable video in it.")
-            stream.thread_type = "AUTO"
+            # Not by frames: threads ahead of the reader swallow the error of a file that is cut off.
+            stream.thread_type = "SLICE"
             _check_pixels(path.name, stream.width, stream.height)
             for index, frame in enumerate(container.decode(stream)):
                 num_decoded += 1

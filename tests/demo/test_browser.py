@@ -307,7 +307,7 @@ def test_phone(browser, site):
         assert page.locator("#ar-stage").bounding_box()["y"] < -100
         press(page, "Generate")
         page.wait_for_function("Math.abs(document.getElementById('ar-stage').getBoundingClientRect().top) < 40")
-        wait_for_run(page)
+        wait_for(page, "done")
 
 
 def test_endpoint(site):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import av
 import numpy as np
@@ -148,11 +149,9 @@ def test_two_runs_do_not_mix_and_the_second_sees_its_place(slow):
     runs = [slow.run(request) for request in requests]
     events = [[next(run)] for run in runs]
     assert [first[0].place for first in events] == [0, 1]
-    for pair in zip(*runs, strict=False):
+    for pair in zip_longest(*runs):
         for known, event in zip(events, pair, strict=True):
-            known.append(event)
-    for known, run in zip(events, runs, strict=True):
-        known += list(run)
+            known += [event] if event is not None else []
     for known, request in zip(events, requests, strict=True):
         assert {event.run_id for event in known} == {known[0].run_id}
         np.testing.assert_array_equal(frames_of(known), expected(slow, request))
