@@ -135,7 +135,7 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="float32", help="number format of the model; default: float32"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("video.mp4"), help=".mp4, .gif, .webp or .png (a strip); default: video.mp4"
+        "--out", type=Path, default=Path("video.mp4"), help=".mp4, .gif, .webp, .png (a strip) or .zip (all frames); default: video.mp4"
     )
 
 

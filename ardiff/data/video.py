@@ -7,6 +7,7 @@ MP4 is written by the ffmpeg binary that comes with imageio-ffmpeg (through movi
 import math
 import os
 import uuid
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ MAX_PIXELS = 40_000_000
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 # Container formats that hold pictures themselves. Playlists (HLS, concat) are left out: they make ffmpeg open other files.
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,ogg,flv,asf"
-WRITE_SUFFIXES = (".mp4", ".gif", ".webp", ".png")
+WRITE_SUFFIXES = (".mp4", ".gif", ".webp", ".png", ".zip")
 MIN_MP4_SIDE = 256
 
 
@@ -152,11 +153,12 @@ def write_video(
       browsers slow down anything shorter than 2 of them, so above 50 fps it plays at 50.
     - .webp: animated, endless loop.
     - .png: one picture, the frames side by side from left to right.
+    - .zip: the frames as they are, frame-0000.png and so on.
 
     Args:
         frames: at least one uint8 (H, W, 3) picture, array or PIL, all of one size.
         path: file to write; its folder must exist. An existing file is replaced.
-        fps: frames per second in [1, 60]; of no effect for .png.
+        fps: frames per second in [1, 60]; of no effect for .png and .zip.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -186,6 +188,8 @@ def write_video(
             _write_gif(video, unfinished, fps)
         elif suffix == ".webp":
             _write_webp(video, unfinished, fps)
+        elif suffix == ".zip":
+            _write_zip(video, unfinished)
         else:
             Image.fromarray(np.concatenate(video, axis=1)).save(unfinished)
         os.replace(unfinished, path)
@@ -226,6 +230,14 @@ def _write_webp(video: np.ndarray, path: Path, fps: float) -> None:
     images = [Image.fromarray(frame) for frame in video]
     durations = np.diff(np.rint(np.arange(len(video) + 1) * 1000 / fps).astype(int)).tolist()
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, quality=90, method=4)
+
+
+def _write_zip(video: np.ndarray, path: Path) -> None:
+    # Stored, not deflated: PNG is compressed already.
+    with zipfile.ZipFile(path, "w") as archive:
+        for index, frame in enumerate(video):
+            with archive.open(f"frame-{index:04d}.png", "w") as member:
+                Image.fromarray(frame).save(member, "PNG")
 
 
 def _flatten(image: Image.Image, name: str) -> np.ndarray:

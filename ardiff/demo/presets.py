@@ -6,12 +6,18 @@ is (P, S, S, 3) uint8, S = the model's image size. Data only: no model and no gr
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ GAP_PRESETS = (
     GapPreset("One by one", None),
 )
 
+PROFILES = ("even", "chunks", "ramp", "drawn")
+"""Shapes of a plan: one gap for all, chunks that follow each other, gaps that grow, and gaps drawn by hand."""
+
 NO_SCENE = "no scene"
 
 TEXT = MappingProxyType(
@@ -93,6 +102,41 @@ TEXT = MappingProxyType(
 )
 
 
+def profile_gaps(
+    profile: str, *, gap: int, chunk: int, num_new_frames: int, num_inference_steps: int
+) -> int | tuple[int, ...]:
+    """The timestep gap of a profile: an int for "even", else one per new frame after the first.
+
+    Args:
+        profile: "even", "chunks" (`chunk` frames together, the next ones when these are clean) or "ramp" (gaps that grow
+            from 0 to `gap`, in equal steps rounded half up). "drawn" has no rule: it is the list itself.
+        gap: in [0, `num_inference_steps`]. chunk: frames of a chunk, >= 1. num_new_frames: >= 1.
+
+    Raises:
+        ValueError: one sentence, for another profile or a value out of range.
+    """
+    if profile not in PROFILES[:3]:
+        raise ValueError(f"The profile (`profile`) must be one of {', '.join(PROFILES[:3])}, got {profile!r}.")
+    _whole("The number of new frames (`num_new_frames`)", num_new_frames, 1, LIMITS.length.high)
+    _whole("The timestep gap (`ar_step`)", gap, 0, num_inference_steps)
+    count = num_new_frames - 1
+    if profile == "chunks":
+        _whole("The chunk (`chunk`)", chunk, 1, LIMITS.length.high)
+        return tuple(0 if frame % chunk else num_inference_steps for frame in range(1, num_new_frames))
+    if profile == "ramp":
+        return tuple(
+            (2 * gap * index + count - 1) // (2 * (count - 1)) if count > 1 else gap for index in range(count)
+        )
+    return gap
+
+
+def data_url(frame: np.ndarray, *, lossless: bool) -> str:
+    """A (H, W, 3) uint8 frame as a data URL: PNG, or a small JPEG for passing guesses."""
+    buffer, kind = io.BytesIO(), "png" if lossless else "jpeg"
+    Image.fromarray(frame).save(buffer, kind, **({} if lossless else {"quality": 80}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
 def _whole(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{name} must be a whole number from {low:g} to {high:g}, got {value!r}.")
@@ -100,26 +144,43 @@ def _whole(name: str, value: Any, low: float, high: float) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Prompt frames as (P, S, S, 3) uint8, cropped to the model's size, and the name of where they came from."""
+    """Prompt frames as (P, S, S, 3) uint8, cropped to the model's size, and the name of where they came from.
+
+    `views` shows what was given, frame by frame: the whole picture, small, and the crop in it as left, top, right and
+    bottom in [0, 1]. Empty when there is nothing else to show than the frames.
+    """
 
     frames: np.ndarray
     source: str
+    views: tuple[tuple[np.ndarray, tuple[float, float, float, float]], ...] = ()
+
+    def pick(self, order: Sequence[int]) -> Prompt:
+        """The frames with these 0-based numbers, in this order; each at most once, at least one."""
+        count = len(self.frames)
+        if not order or len(set(order)) < len(order) or not all(0 <= index < count for index in order):
+            raise ValueError(
+                f"The order of the prompt frames must name some of 0 to {count - 1} once, got {list(order)}."
+            )
+        views = tuple(self.views[index] for index in order) if self.views else ()
+        return Prompt(self.frames[list(order)], self.source, views)
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """What a visitor asks for. Raises ValueError with one sentence that can be shown as it is.
 
-    `num_frames` counts the prompt frames; `ar_step` is the timestep gap, from 0 to `num_inference_steps`.
+    `num_frames` counts the prompt frames; `ar_step` is the timestep gap, from 0 to `num_inference_steps`, or one gap per
+    new frame after the first. `continues` is the id of the run whose last finished frames are the prompt.
     """
 
     scene: str | None = None
     prompt: Prompt | None = None
     num_frames: int = int(LIMITS.length.default)
-    ar_step: int = LIMITS.gap_default
+    ar_step: int | tuple[int, ...] = LIMITS.gap_default
     num_inference_steps: int = int(LIMITS.steps.default)
     guidance_scale: float = LIMITS.guidance.default
     seed: int = 0
+    continues: str | None = None
 
     def __post_init__(self) -> None:
         def within(name: str, value: Any, allowed: Range) -> None:
@@ -127,7 +188,7 @@ class GenerationRequest:
 
         within("The length (`num_frames`)", self.num_frames, LIMITS.length)
         within("The number of steps (`num_inference_steps`)", self.num_inference_steps, LIMITS.steps)
-        _whole("The timestep gap (`ar_step`)", self.ar_step, 0, self.num_inference_steps)
+        self._check_gaps()
         _whole("The seed (`seed`)", self.seed, 0, LIMITS.seed_max)
         low, high = LIMITS.guidance.low, LIMITS.guidance.high
         if not isinstance(self.guidance_scale, int | float) or not low <= self.guidance_scale <= high:
@@ -144,22 +205,103 @@ class GenerationRequest:
                 f"got {self.num_frames}."
             )
 
+    def _check_gaps(self) -> None:
+        if isinstance(self.ar_step, list):
+            object.__setattr__(self, "ar_step", tuple(self.ar_step))
+        if not isinstance(self.ar_step, tuple):
+            _whole("The timestep gap (`ar_step`)", self.ar_step, 0, self.num_inference_steps)
+            return
+        count = max(self.num_frames - self.num_prompt_frames - 1, 0)
+        if len(self.ar_step) != count:
+            raise ValueError(
+                f"The timestep gaps (`ar_step`) must be one for every new frame after the first, {count} here, "
+                f"got {len(self.ar_step)}."
+            )
+        for gap in self.ar_step:
+            _whole("Every timestep gap (`ar_step`)", gap, 0, self.num_inference_steps)
+
     @property
     def num_prompt_frames(self) -> int:
         return 0 if self.prompt is None else len(self.prompt.frames)
 
     def settings(self) -> dict[str, Any]:
-        """Everything that a second run needs to give the same frames, ready for JSON."""
+        """Everything that a second run needs to give the same frames, ready for JSON; prompt frames as lossless data URLs."""
+        prompt = None
+        if self.prompt is not None:
+            frames = [data_url(frame, lossless=True) for frame in self.prompt.frames]
+            prompt = {"source": self.prompt.source, "frames": frames}
         return {
             "scene": self.scene,
-            "prompt": None if self.prompt is None else self.prompt.source,
-            "num_prompt_frames": self.num_prompt_frames,
+            "prompt": prompt,
             "num_frames": self.num_frames,
-            "ar_step": self.ar_step,
+            "ar_step": self.ar_step if isinstance(self.ar_step, int) else list(self.ar_step),
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": float(self.guidance_scale),
             "seed": self.seed,
         }
+
+
+RESULT_KEYS = ("model", "finished_frames", "seconds")
+"""What a run adds to its settings: told, but not needed to run again."""
+
+SETTINGS_BYTES = 8 * 1024 * 1024
+
+
+def read_settings(text: str) -> GenerationRequest:
+    """The request that a settings file asks for. Raises ValueError with one sentence for anything else."""
+    if len(text) > SETTINGS_BYTES:
+        raise ValueError(f"A settings file has at most {SETTINGS_BYTES // 2**20} MB, got {len(text) / 2**20:.0f} MB.")
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError("This is not a settings file of the studio: it must hold one JSON object.")
+    known = GenerationRequest().settings()
+    strange = [name for name in settings if name not in known and name not in RESULT_KEYS]
+    missing = [name for name in known if name not in settings]
+    if strange or missing:
+        words = f"has the unknown entry {strange[0]!r}" if strange else f"lacks the entry {missing[0]!r}"
+        raise ValueError(f"This is not a settings file of the studio: it {words}.")
+    scene, prompt = settings["scene"], settings["prompt"]
+    if scene is not None and not isinstance(scene, str):
+        raise ValueError(f"The scene (`scene`) must be a name or nothing, got {scene!r}.")
+    return GenerationRequest(
+        **{name: settings[name] for name in known if name != "prompt"},
+        prompt=None if prompt is None else _read_stored_prompt(prompt),
+    )
+
+
+def _read_stored_prompt(stored: Any) -> Prompt:
+    try:
+        frames = [
+            Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1], validate=True)), formats=["PNG"])
+            for url in stored["frames"]
+        ]
+        sizes = {frame.size for frame in frames}
+        if len(sizes) != 1 or not 1 <= len(frames) <= LIMITS.prompt_frames.high or max(map(max, sizes)) > 4096:
+            raise ValueError
+        source = str(stored["source"])
+        return Prompt(np.stack([np.asarray(frame.convert("RGB")) for frame in frames]), source)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, OSError) as error:
+        raise ValueError("The prompt frames of this settings file cannot be read.") from error
+
+
+def command_line(request: GenerationRequest, model: str | None = None) -> str:
+    """The `ardiff generate` line that gives the same frames; prompt files by the names they came with."""
+    gaps = request.ar_step if isinstance(request.ar_step, tuple) else (request.ar_step,)
+    words = ["ardiff", "generate"]
+    if model is not None:
+        words += ["--model", model]
+    if request.scene is not None:
+        words += ["--scene", request.scene]
+    words += ["--num-frames", str(request.num_frames), "--ar-step", ",".join(map(str, gaps))]
+    words += ["--steps", str(request.num_inference_steps), "--guidance", f"{request.guidance_scale:g}"]
+    words += ["--seed", str(request.seed)]
+    if request.prompt is not None:
+        for name in request.prompt.source.split(", "):
+            words += ["--prompt", name]
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)
@@ -202,11 +344,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run is over. `video` is None only when it was stopped before a frame was finished."""
+    """The run is over. `video` is None only when it was stopped before a frame was finished.
+
+    `num_frames` are finished; the video has `total_frames`: more when the run went on from an earlier one.
+    """
 
     run_id: str
     video: Path | None
     num_frames: int
+    total_frames: int
     stopped: bool
     seconds: float
     settings: dict[str, Any]
@@ -222,7 +368,30 @@ class Failed:
     num_frames: int
 
 
+@dataclass(frozen=True, eq=False)
+class Recovered:
+    """What is kept of a run: what was asked for and its finished frames, uint8 arrays (S, S, 3)."""
+
+    run_id: str
+    request: GenerationRequest
+    frames: list[np.ndarray]
+
+
 Event = Queued | FrameReady | Preview | Progress | Finished | Failed
+
+
+def event_json(event: Event) -> dict[str, Any]:
+    """An event as JSON: its kind and its fields, pictures as data URLs (finished frames lossless), paths as text."""
+    told: dict[str, Any] = {"event": type(event).__name__}
+    for name, value in vars(event).items():
+        if isinstance(value, np.ndarray):
+            value = data_url(value, lossless=True)
+        elif isinstance(event, Preview) and name == "frames":
+            value = [[index, data_url(picture, lossless=False)] for index, picture in value]
+        elif isinstance(value, Path):
+            value = str(value)
+        told[name] = value
+    return told
 
 
 PLAN_HTML = """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -17,7 +18,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from ardiff.demo.presets import (
     Progress,
     Prompt,
     Queued,
+    Recovered,
+    read_settings,
 )
 from ardiff.schedulers.ad_schedule import ad_schedule, check_window
 
@@ -50,8 +53,17 @@ TICK = 0.1
 PREVIEW_SHARE = 0.15
 """Decoding guesses of unfinished frames may take at most this share of a run's time."""
 
-KEEP_RUNS = 3600.0
+KEEP_SECONDS = 3600.0
 """Age in seconds after which the files of a finished run are removed."""
+
+KEEP_RUNS = 64
+"""Finished runs whose files are kept, at most: the oldest go first."""
+
+VIEW_SIDE = 160
+"""Longest side in pixels of the picture that shows a prompt frame's crop."""
+
+EXPORTS = {"mp4": "video.mp4", "gif": "video.gif", "webp": "video.webp", "zip": "frames.zip", "json": "settings.json"}
+"""What a run can be kept as, and the file's name."""
 
 
 @dataclass
@@ -142,18 +154,19 @@ class Session:
         if request.scene is not None and request.scene not in self.scenes:
             raise ValueError(f"The scene (`scene`) must be one of {', '.join(self.scenes)}, got {request.scene!r}.")
         check_window(self._plan(request), self.window, num_prompt_frames=request.num_prompt_frames)
-        self.sweep()
+        earlier = None if request.continues is None else self._kept(request.continues)
         run_id = uuid.uuid4().hex
         run = _Run(request, self.folder / run_id, run_id)
         with self._lock:
             if len(self._waiting) >= LIMITS.waiting_visitors:
                 raise ValueError(f"{len(self._waiting)} visitors are waiting already; please try again in a minute.")
-            run.folder.mkdir()
+            self._prepare(run, earlier)
             self._live[run.id] = run
             self._waiting.append(run)
             place = self._place(run)
             run.future = self._worker.submit(self._work, run)
         run.future.add_done_callback(lambda _: run.events.put(None))
+        self.sweep()
         return self._events(run, place)
 
     def stop(self, run_id: str) -> bool:
@@ -166,20 +179,66 @@ class Session:
         self._leave_queue(run)
         return True
 
-    def read_prompt(self, paths: Sequence[str | Path]) -> Prompt | None:
-        """Read uploaded pictures, or one video, into prompt frames. Raises ValueError with one sentence; None for no file."""
-        return read_prompt(paths, self.image_size) if paths else None
+    def continuation(self, run_id: str, request: GenerationRequest) -> GenerationRequest:
+        """`request` as a continuation of a kept run: its last finished frames (eight at most) are the prompt.
+
+        The length of `request` is the number of new frames. Raises ValueError with one sentence.
+        """
+        frames = self.recover(run_id).frames[-int(LIMITS.prompt_frames.high) :]
+        if not frames:
+            raise ValueError("There is no finished frame to go on from.")
+        length = min(request.num_frames + len(frames), int(LIMITS.length.high))
+        prompt = Prompt(np.stack(frames), f"run {run_id[:8]}")
+        return replace(request, prompt=prompt, num_frames=length, continues=run_id)
+
+    def recover(self, run_id: str) -> Recovered:
+        """What is kept of a run, live or over. Raises ValueError with one sentence when nothing is."""
+        folder = self._kept(run_id)
+        request = read_settings((folder / "settings.json").read_text(encoding="utf-8"))
+        frames = [read_image(path) for path in sorted(folder.glob("frame-*.png"))]
+        return Recovered(run_id, request, frames)
+
+    def export(self, run_id: str, kind: str) -> Path:
+        """A kept run's video as a file: `kind` is one of EXPORTS. Raises ValueError with one sentence."""
+        if kind not in EXPORTS:
+            raise ValueError(f"A run can be kept as {', '.join(EXPORTS)}, got {kind!r}.")
+        folder = self._kept(run_id)
+        path = folder / EXPORTS[kind]
+        with self._lock:
+            growing = run_id in self._live
+        if not path.is_file() or (growing and kind != "json"):
+            frames = [read_image(frame) for frame in _video_frames(folder)]
+            if not frames:
+                raise ValueError("There is no finished frame to keep.")
+            write_video(frames, path, fps=FPS)
+        return path
+
+    def read_prompt(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        start: int = 0,
+        stride: int = 1,
+        count: int = int(LIMITS.prompt_frames.high),
+    ) -> Prompt | None:
+        """Read uploaded pictures, or `count` frames of one video, every `stride`-th from frame `start` on.
+
+        Raises ValueError with one sentence; None for no file.
+        """
+        return read_prompt(paths, self.image_size, start=start, stride=stride, count=count) if paths else None
 
     def prompt_preview(self, prompt: Prompt) -> list[np.ndarray]:
         """The prompt frames as the model sees them: through its encoder and decoder and back."""
         return self._on_worker(lambda: list(self._pipeline.reconstruct(prompt.frames)))
 
-    def sweep(self, max_age: float = KEEP_RUNS) -> None:
-        """Remove the files of runs that ended more than `max_age` seconds ago."""
+    def sweep(self, max_age: float = KEEP_SECONDS, max_runs: int = KEEP_RUNS) -> None:
+        """Remove the files of runs that ended more than `max_age` seconds ago, and all but the `max_runs` latest."""
         with self._lock:
             live = set(self._live)
-        for folder in self.folder.iterdir():
-            if folder.name not in live and time.time() - folder.stat().st_mtime > max_age:
+        over = [(folder.stat().st_mtime, folder) for folder in self.folder.iterdir() if folder.name not in live]
+        over.sort(key=lambda entry: entry[0], reverse=True)
+        for rank, (ended, folder) in enumerate(over):
+            if rank >= max_runs or time.time() - ended > max_age:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
@@ -194,7 +253,6 @@ class Session:
     # The visitor's side of a run ---------------------------------------------------------------------------------
 
     def _events(self, run: _Run, place: int) -> Iterator[Event]:
-        frames: list[np.ndarray] = []
         try:
             yield Queued(run.id, place)
             while True:
@@ -208,30 +266,39 @@ class Session:
                         continue
                 if event is None:
                     break
-                if isinstance(event, FrameReady):
-                    frames.append(event.frame)
-                    Image.fromarray(event.frame).save(run.folder / f"frame-{event.index:03d}.png")
                 yield event
-            yield self._conclude(run, frames)
+            yield self._conclude(run)
         finally:
             run.stop.set()
             self._leave_queue(run)
             with self._lock:
                 self._live.pop(run.id, None)
 
-    def _conclude(self, run: _Run, frames: list[np.ndarray]) -> Finished | Failed:
+    def _prepare(self, run: _Run, earlier: Path | None) -> None:
+        """Make the run's folder, with the frames that its video has before its own: all of the run that it goes on from."""
+        run.folder.mkdir()
+        (run.folder / "settings.json").write_text(json.dumps(run.request.settings()), encoding="utf-8")
+        for index, path in enumerate(_video_frames(earlier) if earlier else []):
+            shutil.copy(path, run.folder / f"earlier-{index:05d}.png")
+
+    def _conclude(self, run: _Run) -> Finished | Failed:
         error = None if run.future.cancelled() else run.future.exception()
         seconds = 0.0 if error or run.future.cancelled() else run.future.result()
-        video = None
-        if frames:
-            video = run.folder / "video.mp4"
-            write_video(frames, video, fps=FPS)
+        count, total = len(list(run.folder.glob("frame-*.png"))), len(_video_frames(run.folder))
+        video = self.export(run.id, "mp4") if count else None
         if error is not None:
-            return Failed(run.id, describe(error), video, len(frames))
-        stopped = len(frames) < run.request.num_frames
-        settings = {**run.request.settings(), "model": self.name, "finished_frames": len(frames), "seconds": seconds}
+            return Failed(run.id, describe(error), video, count)
+        settings = {**run.request.settings(), "model": self.name, "finished_frames": count, "seconds": seconds}
         (run.folder / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        return Finished(run.id, video, len(frames), stopped, seconds, settings)
+        stopped = count < run.request.num_frames
+        return Finished(run.id, video, count, total, stopped, seconds, settings)
+
+    def _kept(self, run_id: str) -> Path:
+        """The folder of a run of this server. Raises ValueError when there is none (any more)."""
+        folder = self.folder / run_id
+        if not re.fullmatch("[0-9a-f]{32}", run_id) or not folder.is_dir():
+            raise ValueError("That run is not kept any more: finished frames stay for an hour.")
+        return folder
 
     def _leave_queue(self, run: _Run) -> None:
         if run.future is not None and run.future.cancel():
@@ -267,6 +334,8 @@ class Session:
         try:
             for step in stream:
                 for index, frame in step.finished:
+                    # Kept here, not where events are drawn: what had finished stays when the visitor is gone.
+                    Image.fromarray(frame).save(run.folder / f"frame-{index:03d}.png")
                     run.events.put(FrameReady(run.id, index, frame))
                 done = step.iteration == step.num_iterations
                 if time.monotonic() - ticked >= TICK or done:
@@ -369,8 +438,8 @@ def describe(error: BaseException) -> str:
     return f"The run broke off ({type(error).__name__}: {error}); what had finished is kept."
 
 
-def read_prompt(paths: Sequence[str | Path], size: int) -> Prompt:
-    """Read pictures, or one video, into a `Prompt` of at most eight frames of `size` pixels.
+def read_prompt(paths: Sequence[str | Path], size: int, *, start: int = 0, stride: int = 1, count: int = 8) -> Prompt:
+    """Read pictures, or `count` frames of one video, into a `Prompt` of at most eight frames of `size` pixels.
 
     Raises ValueError with one sentence for anything else: no such kind of file, empty, too large, unreadable, too many.
     """
@@ -378,17 +447,44 @@ def read_prompt(paths: Sequence[str | Path], size: int) -> Prompt:
     most = int(LIMITS.prompt_frames.high)
     for path in paths:
         _check_file(path)
-    videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+    videos = [path for path in paths if is_video(path)]
     if videos and len(paths) > 1:
         raise ValueError(f"Give either pictures or one video as prompt, got a video among {len(paths)} files.")
     if len(paths) > most:
         raise ValueError(f"There can be at most {most} prompt frames, got {len(paths)} pictures.")
     if videos:
+        if not 1 <= count <= most:
+            raise ValueError(f"The frames taken from the video must be from 1 to {most}, got {count}.")
         _check_duration(videos[0])
-        frames = read_video(videos[0], size=size, max_frames=most)
+        given = read_video(videos[0], max_frames=count, stride=stride, start=start)
     else:
-        frames = np.stack([fit_frame(read_image(path), size) for path in paths])
-    return Prompt(frames, ", ".join(path.name for path in paths))
+        given = [read_image(path) for path in paths]
+    frames = np.stack([fit_frame(picture, size) for picture in given])
+    return Prompt(frames, ", ".join(path.name for path in paths), tuple(_view(picture) for picture in given))
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether a file counts as a video, by its name."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
+def _view(picture: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """A small copy of a whole picture, and the centre square that becomes the frame, in [0, 1]."""
+    image = Image.fromarray(picture)
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2 / width, (height - side) / 2 / height
+    image.thumbnail((VIEW_SIDE, VIEW_SIDE))
+    return np.asarray(image), (left, top, 1 - left, 1 - top)
+
+
+def _video_frames(folder: Path) -> list[Path]:
+    """The frames of a run's video, in order: those of the runs it goes on from, then its own new ones."""
+    earlier, own = sorted(folder.glob("earlier-*.png")), sorted(folder.glob("frame-*.png"))
+    if not earlier:
+        return own
+    request = read_settings((folder / "settings.json").read_text(encoding="utf-8"))
+    return earlier + own[request.num_prompt_frames :]
 
 
 def _check_file(path: Path) -> None:

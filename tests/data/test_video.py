@@ -137,7 +137,7 @@ def test_frames_may_be_a_list_of_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"path": "clip.avi"}, r"`path` must end in one of .mp4, .gif, .webp, .png but is clip.avi"),
+        ({"path": "clip.avi"}, r"`path` must end in one of .mp4, .gif, .webp, .png, .zip but is clip.avi"),
         ({"path": "missing/clip.mp4"}, "`path` must be in an existing folder"),
         ({"fps": 0.5}, r"`fps` must be in \[1, 60\] but is 0.5"),
         ({"fps": 61}, r"`fps` must be in \[1, 60\] but is 61"),
