@@ -117,6 +117,12 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
         "--prompt-frames", type=int, metavar="N", help="take at most N frames of the prompt; default: 4 of each video"
     )
     parser.add_argument(
+        "--prompt-start", type=int, default=0, metavar="N", help="first frame taken of a video, from 0; default: 0"
+    )
+    parser.add_argument(
+        "--prompt-stride", type=int, default=1, metavar="N", help="take every Nth frame of a video; default: 1"
+    )
+    parser.add_argument(
         "--num-frames", type=int, default=16, help="frames in all, prompt frames included; default: 16"
     )
     parser.add_argument(
@@ -135,7 +141,10 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="float32", help="number format of the model; default: float32"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("video.mp4"), help=".mp4, .gif, .webp, .png (a strip) or .zip (all frames); default: video.mp4"
+        "--out",
+        type=Path,
+        default=Path("video.mp4"),
+        help=".mp4, .gif, .webp, .png (a strip) or .zip (all frames); default: video.mp4",
     )
 
 
@@ -155,7 +164,9 @@ def run_generate(args: argparse.Namespace) -> None:
     hide_loading_bar()
     pipe = ARDiffPipeline.from_pretrained(choose_model(args.model), dtype=getattr(torch, args.dtype))
     pipe.to(choose_device(args.device))
-    prompt = read_prompt(args.prompt, args.prompt_frames, pipe.image_size)
+    prompt = read_prompt(
+        args.prompt, args.prompt_frames, pipe.image_size, start=args.prompt_start, stride=args.prompt_stride
+    )
     steps = pipe.stream(
         prompt_frames=prompt or None,
         class_labels=None if args.scene is None else [args.scene],
@@ -181,8 +192,8 @@ def run_generate(args: argparse.Namespace) -> None:
     )
 
 
-def read_prompt(paths: Sequence[Path], max_frames: int | None, size: int) -> list:
-    """Prompt frames of `paths` in order, uint8 (size, size, 3) each."""
+def read_prompt(paths: Sequence[Path], max_frames: int | None, size: int, *, start: int = 0, stride: int = 1) -> list:
+    """Prompt frames of `paths` in order, uint8 (size, size, 3) each; of videos every `stride`-th from `start` on."""
     from ardiff.data.video import fit_frame, read_image, read_video
 
     if max_frames is not None and max_frames < 1:
@@ -192,7 +203,8 @@ def read_prompt(paths: Sequence[Path], max_frames: int | None, size: int) -> lis
         if path.suffix.lower() in IMAGE_SUFFIXES:
             frames.append(fit_frame(read_image(path), size))
         else:
-            frames += list(read_video(path, size=size, max_frames=4 if max_frames is None else max_frames))
+            count = 4 if max_frames is None else max_frames
+            frames += list(read_video(path, size=size, max_frames=count, start=start, stride=stride))
     return frames[:max_frames]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +53,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".m4v")
 
 
+def is_video(path: str | Path) -> bool:
+    """Whether a file counts as a video, by its name."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
 @dataclass(frozen=True)
 class GapPreset:
     """A named timestep gap. `gap` None means the number of steps, whatever it is."""
@@ -82,11 +86,20 @@ TEXT = MappingProxyType(
         "scene_info": "What the model should film.",
         "prompt": "Prompt frames",
         "prompt_info": "optional",
-        "prompt_used": "Prompt frames used",
-        "prompt_caption": "as the model sees them",
+        "trim_start": "From frame",
+        "trim_stride": "Every nth",
+        "trim_count": "How many",
         "length": "Length",
         "gap": "Timestep gap",
+        "profile": "Plan",
+        "profile_even": "one gap for all",
+        "profile_chunks": "chunk by chunk",
+        "profile_ramp": "gaps that grow",
+        "profile_drawn": "drawn on the map",
+        "chunk": "Frames of a chunk",
         "more": "Steps and guidance",
+        "samples": "Samples",
+        "samples_info": "Runs with neighbouring seeds, as rows.",
         "steps": "Steps",
         "guidance": "Guidance",
         "guidance_info": "How strongly the scene is followed; 1 is off and halves the work.",
@@ -95,8 +108,10 @@ TEXT = MappingProxyType(
         "dice": "Roll",
         "generate": "Generate",
         "stop": "Stop and keep",
-        "download": "Download MP4",
-        "settings": "Settings JSON",
+        "row": "Run again as a row",
+        "continue": "Continue",
+        "recover": "Show the last run of this browser again",
+        "share": "Link and command",
         "examples": "Start from an example",
     }
 )
@@ -287,23 +302,6 @@ def _read_stored_prompt(stored: Any) -> Prompt:
         raise ValueError("The prompt frames of this settings file cannot be read.") from error
 
 
-def command_line(request: GenerationRequest, model: str | None = None) -> str:
-    """The `ardiff generate` line that gives the same frames; prompt files by the names they came with."""
-    gaps = request.ar_step if isinstance(request.ar_step, tuple) else (request.ar_step,)
-    words = ["ardiff", "generate"]
-    if model is not None:
-        words += ["--model", model]
-    if request.scene is not None:
-        words += ["--scene", request.scene]
-    words += ["--num-frames", str(request.num_frames), "--ar-step", ",".join(map(str, gaps))]
-    words += ["--steps", str(request.num_inference_steps), "--guidance", f"{request.guidance_scale:g}"]
-    words += ["--seed", str(request.seed)]
-    if request.prompt is not None:
-        for name in request.prompt.source.split(", "):
-            words += ["--prompt", name]
-    return shlex.join(words)
-
-
 @dataclass(frozen=True)
 class Queued:
     """The run waits for the model; `place` runs come first (0: it starts now)."""
@@ -392,51 +390,3 @@ def event_json(event: Event) -> dict[str, Any]:
             value = str(value)
         told[name] = value
     return told
-
-
-PLAN_HTML = """
-<div class="ar-plan">
-  <div class="ar-ends"><span>0: all together</span><span class="ar-high"></span></div>
-  <canvas role="img" aria-label="Planned noise map"></canvas>
-  <p class="ar-sentence"></p>
-</div>
-"""
-
-STAGE_HTML = """
-<div class="ar-stage">
-  <div class="ar-top">
-    <div class="ar-player">
-      <div class="ar-frame"><canvas class="ar-screen" role="img" aria-label="No frame yet"></canvas><span class="ar-badge"></span></div>
-      <div class="ar-transport">
-        <button type="button" class="ar-play" aria-label="Pause" data-playing="true"><svg viewBox="0 0 16 16" aria-hidden="true"><path class="ar-i-play" d="M4 2.5v11l9.5-5.5z"/><path class="ar-i-pause" d="M3.5 2.5h3v11h-3zM9.5 2.5h3v11h-3z"/></svg></button>
-        <input type="range" class="ar-seek" min="0" max="0" value="0" aria-label="Frame">
-        <span class="ar-count">0 / 0</span>
-        <select class="ar-fps" aria-label="Frames per second"><option value="4">4 fps</option><option value="8" selected>8 fps</option><option value="12">12 fps</option><option value="24">24 fps</option></select>
-      </div>
-    </div>
-    <div class="ar-run" data-phase="idle">
-      <h2 class="ar-phase"></h2>
-      <p class="ar-message"></p>
-      <div class="ar-bar" role="progressbar" aria-label="Model calls done" aria-valuemin="0" aria-valuemax="100" aria-valuenow="0"><i></i></div>
-      <dl class="ar-facts">
-        <div><dt>Frames finished</dt><dd class="ar-f-frames"></dd></div>
-        <div><dt>Model calls</dt><dd class="ar-f-calls"></dd></div>
-        <div><dt>Time</dt><dd class="ar-f-time"></dd></div>
-        <div><dt>In flight</dt><dd class="ar-f-flight"></dd></div>
-        <div><dt>Mean noise</dt><dd class="ar-f-mean"></dd></div>
-        <div><dt>Seed</dt><dd class="ar-f-seed"></dd></div>
-      </dl>
-      <p class="ar-meaning"></p>
-      <p class="ar-spoken" role="status" aria-live="polite"></p>
-    </div>
-  </div>
-  <div class="ar-film">
-    <div class="ar-rule"><h3>Frames</h3><span>the model's guess, under as much grain as it has noise left</span></div>
-    <div class="ar-scroll" tabindex="-1">
-      <ol class="ar-strip" aria-label="Film strip"></ol>
-      <canvas class="ar-map" role="img" aria-label="Noise map"></canvas>
-    </div>
-    <div class="ar-rule ar-legend"><span>Noise map: call 1 on top, <b class="ar-calls-end"></b> at the bottom, a column per frame</span><span class="ar-scale">noise <i></i> clean</span></div>
-  </div>
-</div>
-"""

@@ -42,6 +42,7 @@ from ardiff.demo.presets import (
     Prompt,
     Queued,
     Recovered,
+    is_video,
     read_settings,
 )
 from ardiff.schedulers.ad_schedule import ad_schedule, check_window
@@ -461,11 +462,6 @@ def read_prompt(paths: Sequence[str | Path], size: int, *, start: int = 0, strid
         given = [read_image(path) for path in paths]
     frames = np.stack([fit_frame(picture, size) for picture in given])
     return Prompt(frames, ", ".join(path.name for path in paths), tuple(_view(picture) for picture in given))
-
-
-def is_video(path: str | Path) -> bool:
-    """Whether a file counts as a video, by its name."""
-    return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def _view(picture: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float, float]]:

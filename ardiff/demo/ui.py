@@ -1,17 +1,14 @@
-"""The studio's page: layout and wiring (gradio), nothing else. What happens is in session.py, what is drawn in static/.
-
-The page's picture of a run is one JSON value (`RunView.value`): noise levels in [0, 1], one entry per frame, and one
-base64 picture per frame that is replaced only when that frame changed, because only changed entries are sent.
+"""The studio's page: layout and wiring (gradio), nothing else. What happens is in session.py, what is shown in view.py,
+what is drawn in static/.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import os
-import re
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,44 +17,65 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
-import numpy as np
 import torch
 from gradio.themes.utils.fonts import LocalFont
-from PIL import Image
 
 from ardiff.demo.presets import (
     GAP_PRESETS,
     LIMITS,
     NO_SCENE,
-    PLAN_HTML,
-    STAGE_HTML,
+    PROFILES,
     TEXT,
-    Event,
     Failed,
-    Finished,
-    FrameReady,
     GenerationRequest,
-    Preview,
-    Progress,
     Prompt,
-    Queued,
+    event_json,
+    is_video,
+    read_settings,
 )
 from ardiff.demo.session import Session
+from ardiff.demo.view import (
+    MAX_ROWS,
+    NO_PROMPT,
+    READY,
+    RunView,
+    gap_words,
+    idle_value,
+    json_list,
+    make_request,
+    plain,
+    prompt_problem,
+    prompt_value,
+    prompt_words,
+    query_controls,
+    settings_controls,
+    whole,
+)
 
 
 STATIC = Path(__file__).parent / "static"
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = ("plan.js", "stage.js", "prompt.js", "page.js")
+
+CONTROLS = ("scene", "order", "length", "gap", "profile", "chunk", "drawn", "steps", "guidance", "seed")
+"""The controls that make a request, in the order in which every callback gets them."""
+
+EXPORTS = (("mp4", "MP4"), ("gif", "GIF"), ("webp", "WebP"), ("zip", "Frames"), ("json", "Settings"))
 
 MOUNT = """
-const mount = () => (window.ardiffStudio ? window.ardiffStudio.{name}(element, props, watch) : setTimeout(mount, 20));
+const mount = () => (window.ardiffStudio && window.ardiffStudio.{name}
+  ? window.ardiffStudio.{name}(element, props, watch, trigger) : setTimeout(mount, 20));
 mount();
 """
 
 # JavaScript that runs in the browser alone: arguments are the controls, in the order given where it is wired.
-MOVED_JS = (
-    "(length, gap, steps, guidance, used, scene) => "
-    f"{{ window.ardiffStudio.setControls(length, gap, steps, guidance, used, scene !== '{NO_SCENE}'); }}"
-)
+MOVED_JS = f"""(scene, order, length, gap, profile, chunk, drawn, steps, guidance, seed) => {{
+  const guided = scene !== '{NO_SCENE}', prompts = order ? JSON.parse(order).length : 0;
+  const studio = window.ardiffStudio;
+  studio.setDrawn(drawn);
+  studio.studio.asked = {{ scene: guided ? scene : '', seed, guidance }};
+  studio.setControls(length, gap, steps, guidance, prompts, guided, profile, chunk);
+}}"""
 STEPS_JS = "(steps, gap) => ({ __type__: 'update', maximum: steps, value: Math.min(gap, steps) })"
 # On a narrow screen the controls lie below the stage: whoever pressed Generate wants to watch.
 WATCH_JS = (
@@ -65,140 +83,13 @@ WATCH_JS = (
     " document.getElementById('ar-stage').scrollIntoView({ block: 'start' }); }"
 )
 DICE_JS = "() => [Math.floor(Math.random() * 4294967296), true]"
-
-
-def data_url(frame: np.ndarray, *, lossless: bool) -> str:
-    """A (H, W, 3) uint8 frame as a data URL: PNG for finished frames, a small JPEG for passing guesses."""
-    buffer, kind = io.BytesIO(), "png" if lossless else "jpeg"
-    Image.fromarray(frame).save(buffer, kind, **({} if lossless else {"quality": 80}))
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-
-
-def span(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
-
-
-def plain(error: ValueError) -> str:
-    """An error's sentence for a person: the controls have names there, not the library's arguments."""
-    return re.sub(r" \(`\w+`\)", "", str(error)).replace("`ar_step`", "The timestep gap").replace("`", "")
-
-
-def idle_value(title: str, message: str, phase: str = "idle") -> dict[str, Any]:
-    """What the stage shows when nothing runs: words alone, the frames are drawn from the controls."""
-    return {"run": "", "phase": phase, "title": title, "message": message}
-
-
-READY = idle_value("Ready", "Choose a scene, or give the first frames yourself, and press Generate.")
-
-
-class RunView:
-    """The page's picture of one run, kept up to date event by event."""
-
-    def __init__(self, request: GenerationRequest, session: Session) -> None:
-        count = request.num_frames
-        self.request, self.session = request, session
-        self.run_id = ""
-        self.phase, self.title, self.message, self.time = "queued", "Starting", "", ""
-        self.iteration = self.finished = 0
-        self.levels = [0.0] * request.num_prompt_frames + [1.0] * (count - request.num_prompt_frames)
-        self.pics, self.rev = [""] * count, [0] * count
-        self.result: Finished | Failed | None = None
-
-    def absorb(self, event: Event) -> bool:
-        """Take in one event. True when the page should be drawn: pictures wait for the progress that follows them."""
-        self.run_id = event.run_id
-        match event:
-            case Queued(place=place):
-                self.title = "Waiting" if place else "Starting"
-                runs = "one run is" if place == 1 else f"{place} runs are"
-                self.message = f"The model is busy: {runs} before yours." if place else "The model takes up your run."
-            case FrameReady(index=index, frame=frame):
-                self.finished = index + 1
-                self._picture(index, data_url(frame, lossless=True))
-                return False
-            case Preview(frames=frames):
-                for index, frame in frames:
-                    self._picture(index, data_url(frame, lossless=False))
-                return False
-            case Progress():
-                self._progress(event)
-            case Finished() | Failed():
-                self._conclude(event)
-        return True
-
-    def _picture(self, index: int, url: str) -> None:
-        self.pics[index] = url
-        self.rev[index] += 1
-
-    def _progress(self, event: Progress) -> None:
-        self.phase, self.iteration, self.levels = "running", event.iteration, list(event.noise_level)
-        self.title = "Clearing up"
-        self.time = f"{span(event.time_left)} left"
-        ready = "The first new frame is on its way." if self.finished <= self.request.num_prompt_frames else ""
-        self.message = ready or "Finished frames already play. Stop keeps them."
-
-    def _conclude(self, event: Finished | Failed) -> None:
-        self.result = event
-        if isinstance(event, Failed):
-            self.phase, self.title, self.message = "failed", "Something went wrong", event.message
-            return
-        self.phase, self.title, self.time = "done", "Done", span(event.seconds)
-        self.message = f"{event.num_frames} frames in {span(event.seconds)}."
-        if event.stopped:
-            frames = "one finished frame is" if event.num_frames == 1 else f"{event.num_frames} finished frames are"
-            self.title = "Stopped"
-            self.message = f"The {frames} kept." if event.video else "Stopped before a frame was finished."
-
-    @property
-    def value(self) -> dict[str, Any]:
-        request = self.request
-        return {
-            "run": self.run_id,
-            "phase": self.phase,
-            "title": self.title,
-            "message": self.message,
-            "time": self.time,
-            "frames": request.num_frames,
-            "steps": request.num_inference_steps,
-            "gap": request.ar_step,
-            "prompts": request.num_prompt_frames,
-            "seed": request.seed,
-            "iteration": self.iteration,
-            "finished": self.finished,
-            "levels": list(self.levels),
-            "pics": list(self.pics),
-            "rev": list(self.rev),
-            "model": model_facts(self.session),
-        }
-
-
-def model_facts(session: Session) -> dict[str, float]:
-    """What the browser needs to judge a plan: the window and the measured seconds per call and per frame evaluation."""
-    return {"window": session.window, "call": session.cost.call, "frame": session.cost.frame}
-
-
-def make_request(
-    session: Session, scene: str | None, prompt: Prompt | None, used: float, length: float, gap: float, steps: float,
-    guidance: float, seed: float,
-) -> GenerationRequest:  # fmt: skip
-    """A request from the values of the controls. Raises ValueError with one sentence."""
-    if prompt is not None:
-        count = int(used) or min(len(prompt.frames), int(LIMITS.prompt_frames.default))
-        prompt = Prompt(prompt.frames[:count], prompt.source)
-    return GenerationRequest(
-        scene=None if scene in (None, "", NO_SCENE) else scene,
-        prompt=prompt,
-        num_frames=whole(length),
-        ar_step=whole(gap),
-        num_inference_steps=whole(steps),
-        guidance_scale=guidance,
-        seed=whole(seed),
-    )
-
-
-def whole(value: Any) -> Any:
-    """Browsers send 16.0 for 16; anything that is not a whole number is left for the request to refuse."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+SAVE_JS = "() => document.querySelector('#ar-file a, #ar-file').click()"
+# The visitor drew on the map (a settings file or a link brings its profile itself).
+DRAWN_JS = "(drawn, profile) => JSON.stringify(window.ardiffStudio.studio.drawn) === drawn ? 'drawn' : profile"
+PROFILE_JS = (
+    "(profile) => [{ __type__: 'update', visible: profile === 'chunks' },"
+    " { __type__: 'update', visible: profile === 'even' || profile === 'ramp' }]"
+)
 
 
 class Studio:
@@ -208,94 +99,211 @@ class Studio:
         self.session = session
 
     def generate(
-        self, scene: str, files: list[str] | None, prompt: Prompt | str | None, used: float, length: float, gap: float,
-        steps: float, guidance: float, seed: float, keep: bool,
+        self, mode: str, files: list[str] | None, prompt: Prompt | str | None, run_id: str, keep: bool, samples: float,
+        *values: Any,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        """Run and draw.
+        """Run and draw. `mode`: "new", "row" (beside what is there, from the same noise) or "continue" (from its frames).
 
-        Inputs: the controls. Outputs: stage, run id, seed, generate, stop, download, settings.
+        Outputs: stage, run id, seed, generate, stop, results.
         """
-        seed = whole(seed) if keep else secrets.randbelow(LIMITS.seed_max + 1)
+        controls = dict(zip(CONTROLS, values, strict=True))
+        if mode == "new" and not keep:
+            controls["seed"] = secrets.randbelow(LIMITS.seed_max + 1)
+        seed = controls["seed"]
         try:
-            if isinstance(prompt, str):
-                raise ValueError(prompt)
-            prompt = prompt or self.session.read_prompt(files or [])
-            request = make_request(self.session, scene, prompt, used, length, gap, steps, guidance, seed)
-            events = self.session.run(request)
+            requests = self._requests(mode, files, prompt, run_id, int(samples), controls)
+            runs = [self.session.run(requests[0][1])]
         except ValueError as error:
             yield self._outputs(idle_value("Please change something", plain(error), "failed"), seed=seed)
             return
-        view = RunView(request, self.session)
-        try:
-            for event in events:
-                if view.absorb(event):
-                    yield self._outputs(view.value, view=view, seed=seed)
-        finally:
-            events.close()
+        for row, (name, request) in enumerate(requests):
+            events = runs.pop() if runs else self.session.run(request)
+            last = row == len(requests) - 1
+            view = RunView(request, self.facts(), row=name, keep_rows=mode == "row" or row > 0)
+            try:
+                for event in events:
+                    if view.absorb(event):
+                        yield self._outputs(view.value, view=view, seed=seed, last=last)
+            finally:
+                events.close()
+            if isinstance(view.result, Failed) or (view.result is not None and view.result.stopped):
+                if not last:
+                    yield self._outputs(view.value, view=view, seed=seed, last=True)
+                return
 
-    def _outputs(self, value: dict[str, Any], *, seed: int, view: RunView | None = None) -> tuple[Any, ...]:
+    def _requests(
+        self, mode: str, files: list[str] | None, prompt: Prompt | str | None, run_id: str, samples: int,
+        controls: dict[str, Any],
+    ) -> list[tuple[str, GenerationRequest]]:  # fmt: skip
+        """The runs that were asked for, each with the name of its row. Raises ValueError with one sentence."""
+        if isinstance(prompt, str):
+            raise ValueError(prompt)
+        if mode == "continue":
+            request = self.session.continuation(run_id, make_request({**controls, "order": ""}, None))
+        else:
+            if prompt is None and files:
+                # Generate came before the upload was read.
+                prompt = self.session.read_prompt(files)
+                controls = {**controls, "order": str(list(range(len(prompt.frames))))}
+            request = make_request(controls, prompt)
+        if samples == 1:
+            return [(gap_words(request.ar_step), request)]
+        seeds = [(request.seed + row) % (LIMITS.seed_max + 1) for row in range(samples)]
+        return [(f"seed {seed}", replace(request, seed=seed)) for seed in seeds]
+
+    def _outputs(
+        self, value: dict[str, Any], *, seed: int, view: RunView | None = None, last: bool = True
+    ) -> tuple[Any, ...]:
         if view is not None and view.phase == "running":
-            return value, *[gr.skip()] * 6
+            return value, *[gr.skip()] * 5
         if view is None:
-            return value, gr.skip(), seed, *[gr.skip()] * 4
-        over = view.result is not None
-        video = view.result.video if over else None
+            return value, gr.skip(), seed, *[gr.skip()] * 3
+        over = view.result is not None and last
+        kept = view.result is not None and view.result.video is not None
         return (
             value,
             view.run_id,
             seed,
             gr.update(interactive=over),
             gr.update(interactive=not over),
-            gr.update(value=video, visible=video is not None),
-            gr.update(value=video and video.with_name("settings.json"), visible=video is not None),
+            gr.update(visible=over and kept),
         )
 
-    def api_generate(
-        self, scene: str | None, prompt: list[str] | None = None, prompt_frames_used: float = 0, num_frames: float = 16,
-        ar_step: float = 5, num_inference_steps: float = 50, guidance_scale: float = 2.0, seed: float = 0,
-    ) -> tuple[str, dict[str, Any]]:  # fmt: skip
-        """Generate a video and return its MP4 and the settings that give the same frames again.
+    def facts(self) -> dict[str, float]:
+        """What the browser needs to judge a plan: the window and the measured seconds per call and per frame evaluation."""
+        return {"window": self.session.window, "call": self.session.cost.call, "frame": self.session.cost.frame}
 
-        `scene` is a name or "no scene"; `prompt` is a list of pictures or one video; `prompt_frames_used` 0 takes at most
-        four of them; `num_frames` counts the prompt frames; `ar_step` is the timestep gap, 0 to `num_inference_steps`.
-        """
-        try:
-            frames = self.session.read_prompt(prompt or [])
-            request = make_request(
-                self.session, scene, frames, prompt_frames_used, num_frames, ar_step, num_inference_steps,
-                guidance_scale, seed,
-            )  # fmt: skip
-            *_, last = self.session.run(request)
-        except ValueError as error:
-            raise gr.Error(str(error)) from error
-        if isinstance(last, Failed):
-            raise gr.Error(last.message)
-        return str(last.video), last.settings
+    def plan_value(self) -> dict[str, Any]:
+        return {"model": self.facts(), "presets": [preset.gap for preset in GAP_PRESETS]}
 
     def stop(self, run_id: str) -> None:
         """End the visitor's run; its own generator then draws what was kept. Inputs: run id."""
         self.session.stop(run_id)
 
-    def read_prompt(self, files: list[str] | None) -> tuple[Any, str, Any]:
-        """Decode an upload once and show it as the model sees it. Inputs: files. Outputs: prompt, strip, frames used."""
+    def export(self, run_id: str, kind: str) -> str:
+        """A file of a run. Inputs: run id. Outputs: the hidden download button."""
         try:
-            prompt = self.session.read_prompt(files or [])
+            return str(self.session.export(run_id, kind))
         except ValueError as error:
-            return plain(error), f'<p class="ar-bad" role="alert">{escape(plain(error))}</p>', hidden_count()
-        if prompt is None:
-            return None, "", hidden_count()
-        count = len(prompt.frames)
-        shown = "".join(
-            f'<img src="{data_url(frame, lossless=True)}" alt="Prompt frame {index}, as the model sees it">'
-            for index, frame in enumerate(self.session.prompt_preview(prompt), start=1)
-        )
-        strip = f'<div class="ar-prompt"><div>{shown}</div><p>{TEXT["prompt_caption"]}</p></div>'
-        used = min(count, int(LIMITS.prompt_frames.default))
-        return prompt, strip, gr.update(minimum=1, maximum=max(count, 2), value=used, visible=count > 1)
+            raise gr.Error(plain(error), print_exception=False) from error
 
+    def recover(self, run_id: str) -> tuple[Any, ...]:
+        """Show the finished frames of an earlier run. Inputs: run id. Outputs: stage, run id, results."""
+        try:
+            recovered = self.session.recover(run_id)
+        except ValueError as error:
+            return idle_value("That run is gone", plain(error), "failed"), gr.skip(), gr.skip()
+        view = RunView(recovered.request, self.facts(), row=gap_words(recovered.request.ar_step))
+        view.run_id = run_id
+        view.show_again(recovered.frames)
+        return view.value, run_id, gr.update(visible=len(recovered.frames) > 0)
 
-def hidden_count() -> dict[str, Any]:
-    return gr.update(minimum=0, maximum=int(LIMITS.prompt_frames.high), value=0, visible=False)
+    def recover_selected(self, event: gr.EventData) -> tuple[Any, ...]:
+        """Show a run of this visit's list again. Outputs as `recover`."""
+        return self.recover(str(event._data["run"]))
+
+    def offer_recovery(self, last_run: str | None) -> Any:
+        """Outputs: the button, seen when the run that this browser remembers can still be fetched. Inputs: that run's id."""
+        try:
+            return gr.update(visible=bool(last_run) and len(self.session.recover(last_run).frames) > 0)
+        except ValueError:
+            return gr.update(visible=False)
+
+    def open_link(self, request: gr.Request) -> tuple[Any, ...]:
+        """Fill the controls from the link's query. Outputs: the controls, keep, stage, plan."""
+        try:
+            found, message = query_controls(dict(request.query_params), self.session.scenes), gr.skip()
+        except ValueError as error:
+            found, message = {}, idle_value("Please check the link", plain(error), "failed")
+        filled = [found.get(name, gr.skip()) for name in CONTROLS]
+        return *filled, found.get("keep", gr.skip()), message, self.plan_value()
+
+    def read_files(self, files: list[str] | None, start: float, stride: float, count: float) -> tuple[Any, ...]:
+        """Decode an upload and show its crop and how the model sees it; a settings file fills every control.
+
+        Inputs: files, start, stride, count. Outputs: prompt, strip, trim, keep, the controls.
+        """
+        nothing = [gr.skip()] * len(CONTROLS)
+        order, video = CONTROLS.index("order"), bool(files) and is_video(files[0])
+        try:
+            if files and len(files) == 1 and Path(files[0]).suffix.lower() == ".json":
+                request = read_settings(Path(files[0]).read_text(encoding="utf-8", errors="replace"))
+                found = settings_controls(request)
+                strip = prompt_value(request.prompt, self._seen(request.prompt))
+                return (
+                    request.prompt,
+                    strip,
+                    gr.update(visible=False),
+                    True,
+                    *[found.get(c, gr.skip()) for c in CONTROLS],
+                )
+            trimmed = {"start": whole(start), "stride": whole(stride), "count": whole(count)}
+            prompt = self.session.read_prompt(files or [], **trimmed)
+        except ValueError as error:
+            nothing[order] = ""
+            return plain(error), prompt_problem(error), gr.update(visible=video), gr.skip(), *nothing
+        strip = prompt_value(prompt, self._seen(prompt), prompt_words(files or [], **trimmed))
+        nothing[order] = "" if prompt is None else str(strip["order"])
+        return prompt, strip, gr.update(visible=video), gr.skip(), *nothing
+
+    def _seen(self, prompt: Prompt | None) -> list[Any]:
+        return [] if prompt is None else self.session.prompt_preview(prompt)
+
+    def api_generate(
+        self, scene: str | None, prompt: list[str] | None = None, num_frames: float = 16, ar_step: str = "5",
+        num_inference_steps: float = 50, guidance_scale: float = 2.0, seed: float = 0, prompt_start: float = 0,
+        prompt_stride: float = 1, prompt_count: float = 4,
+    ) -> tuple[str, dict[str, Any]]:  # fmt: skip
+        """Generate a video and return its MP4 and the settings that give the same frames again.
+
+        `scene` is a name or "no scene"; `prompt` is a list of pictures or one video, of which every `prompt_stride`-th frame
+        from `prompt_start` on is taken, `prompt_count` in all; `num_frames` counts the prompt frames; `ar_step` is the
+        timestep gap, 0 to `num_inference_steps`, or one gap per new frame after the first between commas.
+        """
+        *_, last = self._api_events(
+            scene, prompt, num_frames, ar_step, num_inference_steps, guidance_scale, seed, prompt_start, prompt_stride,
+            prompt_count,
+        )  # fmt: skip
+        if isinstance(last, Failed):
+            raise gr.Error(last.message)
+        return str(last.video), last.settings
+
+    def api_stream(
+        self, scene: str | None, prompt: list[str] | None = None, num_frames: float = 16, ar_step: str = "5",
+        num_inference_steps: float = 50, guidance_scale: float = 2.0, seed: float = 0, prompt_start: float = 0,
+        prompt_stride: float = 1, prompt_count: float = 4,
+    ) -> Iterator[dict[str, Any]]:  # fmt: skip
+        """Give the events of a run as they come: Queued, FrameReady, Preview, Progress, then Finished or Failed.
+
+        Arguments as of `/generate`. Pictures are data URLs, those of finished frames lossless.
+        """
+        for event in self._api_events(
+            scene, prompt, num_frames, ar_step, num_inference_steps, guidance_scale, seed, prompt_start, prompt_stride,
+            prompt_count,
+        ):  # fmt: skip
+            yield event_json(event)
+
+    def _api_events(
+        self, scene: str | None, prompt: list[str] | None, num_frames: float, ar_step: str, num_inference_steps: float,
+        guidance_scale: float, seed: float, start: float, stride: float, count: float,
+    ) -> Iterator[Any]:  # fmt: skip
+        try:
+            frames = self.session.read_prompt(
+                prompt or [], start=whole(start), stride=whole(stride), count=whole(count)
+            )
+            gaps = json_list("ar_step", f"[{ar_step}]")
+            request = GenerationRequest(
+                scene=None if scene in (None, "", NO_SCENE) else scene,
+                prompt=frames,
+                num_frames=whole(num_frames),
+                ar_step=gaps[0] if len(gaps) == 1 else tuple(gaps),
+                num_inference_steps=whole(num_inference_steps),
+                guidance_scale=guidance_scale,
+                seed=whole(seed),
+            )
+            yield from self.session.run(request)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
 
 def list_examples(session: Session) -> tuple[list[list[Any]], list[str]]:
@@ -304,21 +312,37 @@ def list_examples(session: Session) -> tuple[list[list[Any]], list[str]]:
     rows, labels = [], []
     for index, scene in enumerate(session.scenes[:3]):
         gap = (5, 10, 0)[index]
-        rows.append([scene, None, length, gap, steps, guidance, index + 1, True])
+        rows.append([scene, None, length, "even", gap, steps, guidance, index + 1, True, 1])
         labels.append(f"{scene.capitalize()}, gap {gap}")
     for path in sorted(EXAMPLES.glob("*.mp4")) + sorted(EXAMPLES.glob("*.png")):
         scene = next((name for name in session.scenes if name in path.stem), NO_SCENE)
-        rows.append([scene, [str(path)], length, LIMITS.gap_default, steps, guidance, 1, True])
+        rows.append([scene, [str(path)], length, "even", LIMITS.gap_default, steps, guidance, 1, True, 1])
         labels.append(f"Continue {'a clip' if path.suffix == '.mp4' else 'a picture'}: {path.stem}")
     return rows, labels
 
 
+def template(name: str) -> str:
+    return (STATIC / f"{name}.html").read_text(encoding="utf-8")
+
+
+def drawn_html(name: str, mount: str, value: Any = None, **options: Any) -> gr.HTML:
+    """A part of the page that is drawn by static/*.js: its template never changes, its value is JSON."""
+    return gr.HTML(
+        value, html_template=template(name), js_on_load=MOUNT.replace("{name}", mount), elem_id=f"ar-{name}",
+        apply_default_css=False, **options,
+    )  # fmt: skip
+
+
+def slider(name: str, low: float, high: float, value: float, label: str, step: float = 1, **options: Any) -> gr.Slider:
+    return gr.Slider(low, high, value, step=step, label=label, elem_id=f"ar-{name}", **options)
+
+
 def build_demo(session: Session) -> gr.Blocks:
     """The page around `session`. Launch it with `launch_arguments`, which carry its theme, style and script."""
-    studio = Studio(session)
-    limits = LIMITS
+    studio, limits = Studio(session), LIMITS
+    steps_end = int(limits.steps.default)
     with gr.Blocks(title=TEXT["title"], analytics_enabled=False, delete_cache=(600, 3600)) as demo:
-        run_id, prompt = gr.State(""), gr.State(None)
+        run_id, prompt, remembered = gr.State(""), gr.State(None), gr.BrowserState("", storage_key="ardiff-last-run")
         gr.HTML(
             f'<header class="ar-header"><h1>ardiff<span>.</span>studio</h1><p>{TEXT["tagline"]}</p>'
             f'<span class="ar-chip">{escape(session.name)} &middot; {session.image_size} px &middot; '
@@ -338,104 +362,116 @@ def build_demo(session: Session) -> gr.Blocks:
                 files = gr.File(
                     file_count="multiple", label=TEXT["prompt"], show_label=False, height=84, elem_id="ar-files"
                 )
-                strip = gr.HTML("", elem_id="ar-prompt-strip", apply_default_css=False)
-                used = gr.Slider(
-                    0, int(limits.prompt_frames.high), 0, step=1, label=TEXT["prompt_used"], visible=False,
-                    elem_id="ar-used",
+                strip = drawn_html("prompt", "mountPrompt", NO_PROMPT)
+                with gr.Row(visible=False, elem_id="ar-trim") as trim:
+                    start = gr.Number(0, label=TEXT["trim_start"], precision=0, minimum=0, min_width=60)
+                    stride = gr.Number(1, label=TEXT["trim_stride"], precision=0, minimum=1, min_width=60)
+                    count = gr.Number(
+                        limits.prompt_frames.default, label=TEXT["trim_count"], precision=0, minimum=1,
+                        maximum=limits.prompt_frames.high, min_width=60,
+                    )  # fmt: skip
+                length = slider("length", limits.length.low, limits.length.high, limits.length.default, TEXT["length"])
+                profile = gr.Dropdown(
+                    [(TEXT[f"profile_{name}"], name) for name in PROFILES], value="even", label=TEXT["profile"],
+                    filterable=False, elem_id="ar-profile",
                 )  # fmt: skip
-                length = gr.Slider(
-                    limits.length.low, limits.length.high, limits.length.default, step=1, label=TEXT["length"],
-                    elem_id="ar-length",
-                )  # fmt: skip
-                gap = gr.Slider(
-                    0, limits.steps.default, limits.gap_default, step=1, label=TEXT["gap"], elem_id="ar-gap"
-                )
+                gap = slider("gap", 0, steps_end, limits.gap_default, TEXT["gap"])
+                chunk = slider("chunk", 1, 16, 4, TEXT["chunk"], visible=False)
                 with gr.Row(elem_classes="ar-presets"):
                     presets = [gr.Button(preset.name, size="sm") for preset in GAP_PRESETS]
-                plan = gr.HTML(
-                    plan_value(session), html_template=PLAN_HTML, js_on_load=MOUNT.replace("{name}", "mountPlan"),
-                    elem_id="ar-plan", apply_default_css=False,
-                )  # fmt: skip
+                plan = drawn_html("plan", "mountPlan", studio.plan_value())
                 with gr.Accordion(TEXT["more"], open=False, elem_id="ar-more"):
-                    steps = gr.Slider(
-                        limits.steps.low, limits.steps.high, limits.steps.default, step=1, label=TEXT["steps"],
-                        elem_id="ar-steps",
+                    steps = slider("steps", limits.steps.low, limits.steps.high, steps_end, TEXT["steps"])
+                    guidance = slider(
+                        "guidance", limits.guidance.low, limits.guidance.high, limits.guidance.default,
+                        TEXT["guidance"], 0.1, info=TEXT["guidance_info"],
                     )  # fmt: skip
-                    guidance = gr.Slider(
-                        limits.guidance.low, limits.guidance.high, limits.guidance.default, step=0.1,
-                        label=TEXT["guidance"], info=TEXT["guidance_info"], elem_id="ar-guidance",
-                    )  # fmt: skip
+                    samples = slider("samples", 1, MAX_ROWS, 1, TEXT["samples"], info=TEXT["samples_info"])
                 with gr.Row(elem_id="ar-seed-row"):
                     seed = gr.Number(1, label=TEXT["seed"], precision=0, minimum=0, elem_id="ar-seed", min_width=100)
                     dice = gr.Button(TEXT["dice"], size="sm", elem_id="ar-dice", min_width=64)
                     keep = gr.Checkbox(False, label=TEXT["keep"], elem_id="ar-keep", min_width=80)
+                # What the page's script writes and every callback reads: which prompt frames, and the drawn gaps.
+                order = gr.Textbox("", visible="hidden", elem_id="ar-order")
+                drawn = gr.Textbox("", visible="hidden", elem_id="ar-drawn")
                 with gr.Row(elem_id="ar-go"):
                     go = gr.Button(TEXT["generate"], variant="primary", elem_id="ar-generate")
                     stop = gr.Button(TEXT["stop"], interactive=False, elem_id="ar-stop")
             with gr.Column(elem_id="ar-stage-column"):
-                stage = gr.HTML(
-                    READY, html_template=STAGE_HTML, js_on_load=MOUNT.replace("{name}", "mountStage"), elem_id="ar-stage",
-                    apply_default_css=False,
-                )  # fmt: skip
-                with gr.Row(elem_id="ar-results"):
-                    mp4 = gr.DownloadButton(TEXT["download"], visible=False, elem_id="ar-mp4")
-                    settings = gr.DownloadButton(TEXT["settings"], visible=False, elem_id="ar-settings")
-                filled = [scene, files, length, gap, steps, guidance, seed, keep]
+                recover = gr.Button(TEXT["recover"], visible=False, size="sm", elem_id="ar-recover")
+                stage = drawn_html("stage", "mountStage", READY)
+                with gr.Row(visible=False, elem_id="ar-results") as results:
+                    again = gr.Button(TEXT["row"], size="sm", elem_id="ar-row")
+                    go_on = gr.Button(TEXT["continue"], size="sm", elem_id="ar-continue")
+                    exports = [gr.Button(label, size="sm", elem_id=f"ar-{kind}") for kind, label in EXPORTS]
+                file = gr.DownloadButton("file", visible="hidden", elem_id="ar-file")
+                history = drawn_html("history", "mountHistory")
+                with gr.Accordion(TEXT["share"], open=False, elem_id="ar-sharing"):
+                    drawn_html("share", "mountShare")
+                filled = [scene, files, length, profile, gap, steps, guidance, seed, keep, samples]
                 rows, labels = list_examples(session)
                 if rows:
                     gr.Examples(rows, filled, example_labels=labels, label=TEXT["examples"], elem_id="ar-examples")
 
-        schedule = [length, gap, steps, guidance, used, scene]
-        for control in schedule:
-            control.change(None, schedule, None, js=MOVED_JS, api_visibility="private", queue=False)
-        steps.change(None, [steps, gap], gap, js=STEPS_JS, api_visibility="private", queue=False)
+        quiet = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+        controls = [scene, order, length, gap, profile, chunk, drawn, steps, guidance, seed]
+        # A dropdown that is set by another event tells nobody: whatever sets one calls this too.
+        moved = {"fn": None, "inputs": controls, "js": MOVED_JS, **quiet}
+        for control in controls:
+            control.change(**moved)
+        steps.change(None, [steps, gap], gap, js=STEPS_JS, **quiet)
+        profile.change(None, profile, [chunk, gap], js=PROFILE_JS, **quiet)
         for preset, button in zip(GAP_PRESETS, presets, strict=True):
-            js = "(steps) => steps" if preset.gap is None else f"(steps) => Math.min({preset.gap}, steps)"
-            button.click(None, steps, gap, js=js, api_visibility="private", queue=False)
-        dice.click(None, None, [seed, keep], js=DICE_JS, api_visibility="private", queue=False)
-        files.change(
-            studio.read_prompt, files, [prompt, strip, used], api_visibility="private", show_progress="hidden",
-            concurrency_limit=4,
-        )  # fmt: skip
-        go.click(
-            studio.generate,
-            [scene, files, prompt, used, length, gap, steps, guidance, seed, keep],
-            [stage, run_id, seed, go, stop, mp4, settings],
-            api_name="generate_on_page",
-            api_visibility="private",
-            show_progress="hidden",
-            concurrency_limit=LIMITS.waiting_visitors,
+            chosen = "steps" if preset.gap is None else f"Math.min({preset.gap}, steps)"
+            button.click(None, steps, [gap, profile], js=f"(steps) => [{chosen}, 'even']", **quiet).then(**moved)
+        drawn.change(None, [drawn, profile], profile, js=DRAWN_JS, **quiet).then(**moved)
+        dice.click(None, None, [seed, keep], js=DICE_JS, **quiet)
+        upload = partial(gr.on, fn=studio.read_files, show_progress="hidden", api_visibility="private")
+        upload(
+            [files.change, start.change, stride.change, count.change], inputs=[files, start, stride, count],
+            outputs=[prompt, strip, trim, keep, *controls], concurrency_limit=4,
+        ).then(**moved)  # fmt: skip
+        running = [stage, run_id, seed, go, stop, results]
+        for button, mode in ((go, "new"), (again, "row"), (go_on, "continue")):
+            button.click(
+                partial(studio.generate, mode), [files, prompt, run_id, keep, samples, *controls], running,
+                api_visibility="private", show_progress="hidden", concurrency_limit=LIMITS.waiting_visitors,
+            )  # fmt: skip
+            button.click(None, None, None, js=WATCH_JS, **quiet)
+        run_id.change(lambda run_id: run_id, run_id, remembered, **quiet)
+        stop.click(studio.stop, run_id, None, **quiet)
+        for (kind, _), button in zip(EXPORTS, exports, strict=True):
+            button.click(
+                partial(studio.export, kind=kind), run_id, file, api_visibility="private", show_progress="hidden",
+                concurrency_limit=4,
+            ).success(None, None, None, js=SAVE_JS, **quiet)  # fmt: skip
+        recovered = [stage, run_id, results]
+        recover.click(studio.recover, remembered, recovered, **quiet).then(
+            lambda: gr.update(visible=False), None, recover, **quiet
         )
-        go.click(None, None, None, js=WATCH_JS, api_visibility="private", queue=False)
-        stop.click(studio.stop, run_id, None, api_visibility="private", queue=False)
-        demo.load(lambda: plan_value(session), None, plan, api_visibility="private", queue=False)
-        with gr.Column(visible=False):
-            api_files, api_settings = gr.File(label="video"), gr.JSON(label="settings")
-            gr.Button().click(
-                studio.api_generate,
-                [scene, files, used, length, gap, steps, guidance, seed],
-                [api_files, api_settings],
-                api_name="generate",
-                concurrency_limit=LIMITS.waiting_visitors,
-            )
+        history.select(studio.recover_selected, None, recovered, **quiet)
+        demo.load(studio.open_link, None, [*controls, keep, stage, plan], **quiet).then(**moved)
+        demo.load(studio.offer_recovery, remembered, recover, **quiet)
+        build_endpoints(studio, scene, files, length, steps, guidance, seed)
     return demo
 
 
-def plan_value(session: Session) -> dict[str, Any]:
-    controls = {
-        "frames": LIMITS.length.default,
-        "gap": LIMITS.gap_default,
-        "steps": LIMITS.steps.default,
-        "guidance": LIMITS.guidance.default,
-        "prompts": 0,
-        "guided": bool(session.scenes),
-    }
-    return {"model": model_facts(session), "controls": controls, "presets": [preset.gap for preset in GAP_PRESETS]}
+def build_endpoints(studio: Studio, *shared: Any) -> None:
+    """`/generate` and `/stream`, with the same arguments."""
+    scene, files, length, steps, guidance, seed = shared
+    with gr.Column(visible=False):
+        gaps = gr.Textbox("5", label="ar_step")
+        start, stride, count = (gr.Number(value, precision=0) for value in (0, 1, LIMITS.prompt_frames.default))
+        inputs = [scene, files, length, gaps, steps, guidance, seed, start, stride, count]
+        limit = {"concurrency_limit": LIMITS.waiting_visitors}
+        outputs = [gr.File(label="video"), gr.JSON(label="settings")]
+        gr.Button().click(studio.api_generate, inputs, outputs, api_name="generate", **limit)
+        gr.Button().click(studio.api_stream, inputs, gr.JSON(label="event"), api_name="stream", **limit)
 
 
 def launch_arguments() -> dict[str, Any]:
     """What `gr.Blocks.launch` needs for this page, whoever launches it."""
-    script = (STATIC / "studio.js").read_text(encoding="utf-8")
+    script = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in SCRIPTS)
     # Fonts that gradio serves itself: nothing is asked of another machine. Colours live in studio.css.
     font = [LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
     return {

@@ -1,19 +1,28 @@
-"""The browser's plan is the library's plan: studio.js against ad_schedule, over a grid of settings."""
+"""The browser's plan is the library's plan: plan.js against ad_schedule, over a grid of settings."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import ardiff.demo
+from ardiff.demo.presets import profile_gaps
 from ardiff.schedulers.ad_schedule import ad_schedule, check_window, plan_counts, smallest_gap
 
 
-SCRIPT = Path(ardiff.demo.__file__).parent / "static" / "studio.js"
+SCRIPT = Path(ardiff.demo.__file__).parent / "static" / "plan.js"
 GRID = [
     (frames, steps, gap, prompts)
     for steps in (5, 6, 16, 50)
     for gap in sorted({0, 1, 2, 5, steps // 2, steps})
+    for frames in (4, 9, 17)
+    for prompts in (0, 1, 3)
+]
+GENERATOR = torch.Generator().manual_seed(0)
+GRID += [
+    (frames, steps, torch.randint(steps + 1, (frames - prompts - 1,), generator=GENERATOR).tolist(), prompts)
+    for steps in (5, 50)
     for frames in (4, 9, 17)
     for prompts in (0, 1, 3)
 ]
@@ -79,3 +88,24 @@ def test_the_sentence_in_words(page):
     )
     assert "one frame in flight" in page.evaluate(SENTENCE, [16, 50, 50, 0])["text"]
     assert not page.evaluate(SENTENCE, [4, 50, 5, 4])["ok"]
+
+
+def test_profiles(page):
+    grid = [
+        (profile, gap, chunk, fresh, steps)
+        for profile in ("even", "chunks", "ramp")
+        for steps in (5, 50)
+        for gap in (0, 1, 3, steps)
+        for chunk in (1, 3, 4)
+        for fresh in (1, 2, 3, 8, 17, 64)
+    ]
+    found = page.evaluate("(grid) => grid.map((each) => window.ardiffStudio.profileGaps(...each))", grid)
+    for (profile, gap, chunk, fresh, steps), gaps in zip(grid, found, strict=True):
+        expected = profile_gaps(profile, gap=gap, chunk=chunk, num_new_frames=fresh, num_inference_steps=steps)
+        assert gaps == (expected if profile == "even" else list(expected)), (profile, gap, chunk, fresh, steps)
+
+
+def test_a_list_of_gaps_that_overflows_the_window_is_told(page):
+    told = page.evaluate(SENTENCE, [40, 50, [1] * 39, 0])
+    assert not told["ok"]
+    assert told["text"] == "This puts 40 frames in flight and the model sees 16: larger gaps are needed."

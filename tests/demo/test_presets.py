@@ -1,19 +1,16 @@
 """Requests, profiles and settings: what a visitor asks for, written down and read back."""
 
 import json
-import shlex
 
 import numpy as np
 import pytest
 
-from ardiff.cli import build_parser
 from ardiff.demo.presets import (
     PROFILES,
     FrameReady,
     GenerationRequest,
     Preview,
     Prompt,
-    command_line,
     event_json,
     profile_gaps,
     read_settings,
@@ -131,22 +128,6 @@ def test_prompt_frames_are_picked_in_order():
     for order in ([], [0, 0], [4], [-1]):
         with pytest.raises(ValueError, match="order"):
             prompt.pick(order)
-
-
-@pytest.mark.parametrize("request_", REQUESTS)
-def test_the_command_line_asks_for_the_same(request_):
-    words = shlex.split(command_line(request_, model="some folder"))
-    assert words[0] == "ardiff"
-    args = build_parser(words[1:]).parse_args(words[1:])
-    asked = args.ar_step if isinstance(args.ar_step, int) else tuple(args.ar_step)
-    assert (args.scene, args.num_frames, asked) == (request_.scene, request_.num_frames, request_.ar_step)
-    assert (args.steps, args.guidance, args.seed) == (
-        request_.num_inference_steps,
-        request_.guidance_scale,
-        request_.seed,
-    )
-    assert [str(path) for path in args.prompt] == ([] if request_.prompt is None else ["a.png", "b c.png"])
-    assert args.model == "some folder"
 
 
 def test_events_are_json():

@@ -1,0 +1,32 @@
+"""One studio and one visitor for all browser tests."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
+from studio_page import serve, visit
+
+
+@pytest.fixture(scope="session")
+def opened() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def site(browser, opened, tiny_pipeline) -> SimpleNamespace:
+    """One server for all tests."""
+    if not hasattr(opened, "site"):
+        opened.site = opened.enter_context(serve(tiny_pipeline))
+    opened.site.delay = 0.03
+    return opened.site
+
+
+@pytest.fixture
+def page(browser, opened, site) -> Iterator:
+    """One visitor for all tests that need no page of their own: loading a page is what takes the time."""
+    if not hasattr(opened, "page"):
+        opened.page = opened.enter_context(visit(browser, site))
+    yield opened.page
+    assert not opened.page.trouble

@@ -1,0 +1,101 @@
+"""The studio for everyone: keyboard alone, a narrow screen, reduced motion, what is spoken, and axe's rules."""
+
+from pathlib import Path
+
+import pytest
+from studio_page import PHASE, STAGE, press, settle, visit, wait_for, wait_for_run
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+AXE = """async () => {
+    const found = await axe.run(document, { resultTypes: ["violations"] });
+    if (found.passes.length < 20) throw new Error("axe looked at next to nothing");
+    return found.violations.filter((rule) => ["serious", "critical"].includes(rule.impact)).map((rule) =>
+        rule.id + ": " + rule.nodes.map((node) => node.target.join(" ") + " " + node.html.slice(0, 160)).join(" | "));
+}"""
+
+
+def add_axe(page) -> None:
+    import axe_playwright_python  # comes with the browser tests
+
+    page.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser, site, scheme):
+    with visit(browser, site, color_scheme=scheme) as page:
+        add_axe(page)
+        assert page.evaluate(AXE) == []
+        settle(page)
+        site.delay = 0.0
+        for button in ("Generate", "Run again as a row"):
+            press(page, button)
+            wait_for_run(page)
+        page.locator(".ar-tile").nth(2).click()
+        page.get_by_role("button", name="Link and command").click()
+        page.wait_for_timeout(700)
+        assert page.evaluate(AXE) == []
+
+
+def test_a_run_by_keyboard_alone(browser, site):
+    with visit(browser, site) as page:
+        settle(page, gap=10)
+        # Time enough to tab from Generate to Stop on a busy machine.
+        site.delay = 0.2
+
+        def tab_to(selector: str) -> None:
+            for _ in range(80):
+                page.keyboard.press("Tab")
+                if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+                    return
+            raise AssertionError(f"{selector} is not reached by Tab")
+
+        tab_to("#ar-generate")
+        page.keyboard.press("Enter")
+        page.wait_for_function(f"{PHASE} === 'running' && {STAGE}.finished >= 1")
+        tab_to("#ar-stop")
+        page.keyboard.press("Enter")
+        wait_for(page, "done")
+        assert 1 <= page.evaluate(f"{STAGE}.finished") < 6
+        tab_to(".ar-tile")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        assert page.locator(".ar-past h3").inner_text() == "Frame 2 over the run"
+        # Nobody presses Enter in a number field to start a run.
+        page.locator("#ar-seed input").press("Enter")
+        page.wait_for_timeout(200)
+        assert page.evaluate(PHASE) == "done"
+
+
+def test_what_is_spoken_changes_with_phases_and_frames_alone(page, site):
+    settle(page)
+    site.delay = 0.05
+    page.evaluate("""() => {
+        window.spoken = [];
+        new MutationObserver(() => window.spoken.push(document.querySelector(".ar-spoken").textContent))
+            .observe(document.querySelector(".ar-spoken"), { childList: true, characterData: true, subtree: true });
+    }""")
+    press(page, "Generate")
+    wait_for_run(page)
+    spoken = page.evaluate("window.spoken")
+    assert len(spoken) == len(set(spoken))
+    assert len(spoken) <= 6 + 3
+    assert spoken[-1] == "Done. 6 of 6 frames finished."
+
+
+def test_a_phone_with_rows_never_scrolls_sideways(browser, site):
+    size = {"width": 390, "height": 844}
+    with visit(browser, site, viewport=size, has_touch=True, is_mobile=True) as page:
+        settle(page, length=16)
+        site.delay = 0.0
+        for button in ("Generate", "Run again as a row"):
+            press(page, button)
+            wait_for_run(page)
+        page.locator(".ar-tile").nth(1).click()
+        page.get_by_role("button", name="Link and command").click()
+        page.wait_for_timeout(500)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        small = page.evaluate("""() => [...document.querySelectorAll("#ar-results button, .ar-rows button, .ar-play, .ar-past-close")]
+            .filter((button) => button.offsetHeight && button.offsetHeight < 43.5).map((button) => button.textContent)""")
+        assert small == []
