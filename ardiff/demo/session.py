@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -169,6 +170,14 @@ class Session:
         run.future.add_done_callback(lambda _: run.events.put(None))
         self.sweep()
         return self._events(run, place)
+
+    def memory(self) -> str:
+        """Free memory of the model's device in words; of the machine where the device has none of its own."""
+        if self.device.startswith("cuda"):
+            free, total = torch.cuda.mem_get_info(self._pipeline.device)
+        else:
+            free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+        return f"{free / 2**30:.1f} of {total / 2**30:.0f} GB free"
 
     def stop(self, run_id: str) -> bool:
         """End a run at its next iteration and keep its finished frames. False when there is no such run."""
@@ -435,7 +444,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ValueError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return "The device ran out of memory: choose a shorter length or a larger gap and try again."
+        return "The device ran out of memory; what had finished is kept. Choose a larger gap or a shorter length."
     return f"The run broke off ({type(error).__name__}: {error}); what had finished is kept."
 
 

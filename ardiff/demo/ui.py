@@ -337,18 +337,22 @@ def slider(name: str, low: float, high: float, value: float, label: str, step: f
     return gr.Slider(low, high, value, step=step, label=label, elem_id=f"ar-{name}", **options)
 
 
+def header(session: Session) -> str:
+    """The page's head, made anew for every visitor: memory comes and goes."""
+    return (
+        f'<header class="ar-header"><h1>ardiff<span>.</span>studio</h1><p>{TEXT["tagline"]}</p>'
+        f'<span class="ar-chip">{escape(session.name)} &middot; {session.image_size} px &middot; '
+        f"{escape(session.device)}, {session.memory()}</span></header>"
+    )
+
+
 def build_demo(session: Session) -> gr.Blocks:
     """The page around `session`. Launch it with `launch_arguments`, which carry its theme, style and script."""
     studio, limits = Studio(session), LIMITS
     steps_end = int(limits.steps.default)
     with gr.Blocks(title=TEXT["title"], analytics_enabled=False, delete_cache=(600, 3600)) as demo:
         run_id, prompt, remembered = gr.State(""), gr.State(None), gr.BrowserState("", storage_key="ardiff-last-run")
-        gr.HTML(
-            f'<header class="ar-header"><h1>ardiff<span>.</span>studio</h1><p>{TEXT["tagline"]}</p>'
-            f'<span class="ar-chip">{escape(session.name)} &middot; {session.image_size} px &middot; '
-            f"{escape(session.device)}</span></header>",
-            apply_default_css=False,
-        )
+        head = gr.HTML(header(session), apply_default_css=False)
         with gr.Row(elem_id="ar-body"):
             with gr.Column(elem_id="ar-controls"):
                 scene = gr.Dropdown(
@@ -451,6 +455,7 @@ def build_demo(session: Session) -> gr.Blocks:
         )
         history.select(studio.recover_selected, None, recovered, **quiet)
         demo.load(studio.open_link, None, [*controls, keep, stage, plan], **quiet).then(**moved)
+        demo.load(partial(header, session), None, head, **quiet)
         demo.load(studio.offer_recovery, remembered, recover, **quiet)
         build_endpoints(studio, scene, files, length, steps, guidance, seed)
     return demo

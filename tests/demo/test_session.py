@@ -242,6 +242,23 @@ def test_a_failing_model_is_told_in_a_sentence_and_the_next_run_works(session, m
     assert isinstance(list(session.run(GenerationRequest(**SMALL)))[-1], Finished)
 
 
+def test_out_of_memory_is_told_and_what_had_finished_is_kept(session, monkeypatch):
+    stream = session._pipeline.stream
+
+    def failing(*args, **arguments):
+        for step in stream(*args, **arguments):
+            yield step
+            if step.iteration == 9:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(session._pipeline, "stream", failing)
+    last = list(session.run(GenerationRequest(**SMALL)))[-1]
+    assert isinstance(last, Failed)
+    assert last.message.startswith("The device ran out of memory; what had finished is kept.")
+    assert last.num_frames == len(session.recover(last.run_id).frames) == 2
+    assert " GB free" in session.memory()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
