@@ -1,6 +1,7 @@
 """Files in and files out: what is written plays anywhere and reads back, and what cannot be read is named."""
 
 import subprocess
+import zipfile
 import zlib
 
 import av
@@ -125,6 +126,14 @@ def test_png_is_a_strip_from_left_to_right(tmp_path):
     strip = read_image(write_video(frames, tmp_path / "strip.png"))
     assert strip.shape == (20, 90, 3)
     assert np.array_equal(strip, np.concatenate(list(frames), axis=1))
+
+
+def test_zip_holds_the_frames_as_they_are(tmp_path):
+    frames = clip(3, 20, 30)
+    with zipfile.ZipFile(write_video(frames, tmp_path / "frames.zip")) as archive:
+        assert archive.namelist() == ["frame-0000.png", "frame-0001.png", "frame-0002.png"]
+        kept = [np.asarray(Image.open(archive.open(name))) for name in archive.namelist()]
+    assert np.array_equal(np.stack(kept), frames)
 
 
 def test_frames_may_be_a_list_of_pictures(tmp_path):

@@ -328,7 +328,7 @@ def test_a_link_fills_the_controls(browser, site):
         page.wait_for_function(f"{CONTROLS} && {CONTROLS}.profile === 'drawn'")
         assert gaps(page) == [0, 10, 3, 0]
         assert page.locator("#ar-seed input").input_value() == "77"
-        page.get_by_role("button", name="Link and command").click()
+        open_share(page)
         page.wait_for_function("document.querySelector('.ar-command').value.includes('--seed 77')")
         command = page.locator(".ar-command").input_value()
         assert command == (
@@ -362,7 +362,10 @@ def test_the_last_run_is_fetched_after_the_page_was_lost(browser, site):
         site.delay = 0.0
         press(page, "Generate")
         wait_for_run(page)
-        page.locator(".ar-visits button", has_text="4 frames").wait_for()
+        assert page.locator(".ar-visits button").all_inner_texts() == [
+            "4 frames, gap 5, seed 6",
+            f"{len(kept)} frames, gap 10, seed 5",
+        ]
         page.locator(".ar-visits button").last.click()
         page.wait_for_function(f"{STAGE}.value.title === 'Recovered' && {STAGE}.finished === {len(kept)}")
 

@@ -67,13 +67,6 @@ function mountShare(element) {
 
 /* ---- The runs of this visit ------------------------------------------------------------------------------------- */
 
-function thumbnail(picture) {
-  const canvas = document.createElement("canvas");
-  canvas.width = canvas.height = 96;
-  canvas.getContext("2d").drawImage(picture, 0, 0, 96, 96);
-  return canvas.toDataURL("image/jpeg", 0.85);
-}
-
 function mountHistory(element, props, watch, trigger) {
   const list = element.querySelector(".ar-visits"), runs = [];
   const draw = () => {
@@ -93,15 +86,10 @@ function mountHistory(element, props, watch, trigger) {
   document.addEventListener("ardiff:run", (event) => {
     const v = event.detail;
     if (!v.run || !["done", "failed"].includes(v.phase) || !v.finished || runs.some((run) => run.id === v.run)) return;
-    // The last pictures may still be in decoding.
-    setTimeout(() => {
-      const stage = api.studio.stage, picture = stage && stage.run === v.run && stage.pictures[v.finished - 1];
-      if (!picture || runs.some((run) => run.id === v.run)) return;
-      const gap = typeof v.gap === "number" ? "gap " + v.gap : "drawn gaps";
-      runs.unshift({ id: v.run, thumb: thumbnail(picture), label: `${v.finished} frames, ${gap}, seed ${v.seed}` });
-      runs.length = Math.min(runs.length, KEPT_RUNS);
-      draw();
-    }, 400);
+    const gap = typeof v.gap === "number" ? "gap " + v.gap : "drawn gaps";
+    runs.unshift({ id: v.run, thumb: v.pics[v.finished - 1], label: `${v.finished} frames, ${gap}, seed ${v.seed}` });
+    runs.length = Math.min(runs.length, KEPT_RUNS);
+    draw();
   });
 }
 
