@@ -133,6 +133,14 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
         help="timestep gap between neighbouring frames, 0 (together) to the steps (one by one), "
         "or one gap per new frame after the first: 5,5,50; default: 5",
     )
+    parser.add_argument(
+        "--profile",
+        choices=("even", "chunks", "ramp"),
+        default="even",
+        help="even: the gap as it is; chunks: --chunk frames together, then the next ones; ramp: gaps that grow from 0 to "
+        "--ar-step; default: even",
+    )
+    parser.add_argument("--chunk", type=int, default=4, metavar="N", help="frames of a chunk; default: 4")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps of every frame; default: 50")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale towards the scene; default: 2.0")
     parser.add_argument("--seed", type=int, help="default: drawn at random; always printed")
@@ -171,7 +179,7 @@ def run_generate(args: argparse.Namespace) -> None:
         prompt_frames=prompt or None,
         class_labels=None if args.scene is None else [args.scene],
         num_frames=args.num_frames,
-        ar_step=args.ar_step,
+        ar_step=choose_gaps(args, args.num_frames - len(prompt)),
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         generator=torch.Generator("cpu").manual_seed(seed),
@@ -189,6 +197,23 @@ def run_generate(args: argparse.Namespace) -> None:
     write_video(frames, args.out, fps=args.fps)
     print(
         f"{len(frames)} frames in {seconds[-1]:.1f} s, the first new one after {seconds[len(prompt)]:.1f} s: {args.out}"
+    )
+
+
+def choose_gaps(args: argparse.Namespace, num_new_frames: int) -> int | Sequence[int]:
+    """The gap, or one per new frame after the first, of the profile that was asked for."""
+    from ardiff.schedulers.ad_schedule import profile_gaps
+
+    if args.profile == "even":
+        return args.ar_step
+    if not isinstance(args.ar_step, int):
+        raise ValueError(f"`--ar-step` must be one gap with `--profile {args.profile}` but is a list.")
+    return profile_gaps(
+        args.profile,
+        gap=args.ar_step,
+        chunk=args.chunk,
+        num_new_frames=num_new_frames,
+        num_inference_steps=args.steps,
     )
 
 

@@ -124,10 +124,24 @@ def test_prompt_video_gives_four_frames_unless_told(model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("profile", "gaps"), [(["chunks", "--chunk", "2"], "0,4,0,4"), (["ramp", "--ar-step", "4"], "0,1,3,4")]
+)
+def test_a_profile_is_a_list_of_gaps(model, tmp_path, profile, gaps):
+    same = ["generate", "--model", model, "--device", "cpu", "--steps", 4, "--num-frames", 5, "--seed", 1]
+    run(*same, "--profile", *profile, "--out", tmp_path / "profile.png")
+    run(*same, "--ar-step", gaps, "--out", tmp_path / "gaps.png")
+    run(*same, "--ar-step", 2, "--out", tmp_path / "even.png")
+    assert (tmp_path / "profile.png").read_bytes() == (tmp_path / "gaps.png").read_bytes()
+    assert (tmp_path / "profile.png").read_bytes() != (tmp_path / "even.png").read_bytes()
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--ar-step", "4"], "4"),
         (["--ar-step", "1,1"], "ar_step"),
+        (["--ar-step", "1,1,1", "--profile", "ramp"], "--ar-step"),
+        (["--profile", "chunks", "--chunk", "0"], "chunk"),
         (["--scene", "submarines"], "submarines"),
         (["--out", "video.avi"], "video.avi"),
         (["--out", "nowhere/video.mp4"], "nowhere"),

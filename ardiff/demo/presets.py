@@ -73,9 +73,6 @@ GAP_PRESETS = (
     GapPreset("One by one", None),
 )
 
-PROFILES = ("even", "chunks", "ramp", "drawn")
-"""Shapes of a plan: one gap for all, chunks that follow each other, gaps that grow, and gaps drawn by hand."""
-
 NO_SCENE = "no scene"
 
 TEXT = MappingProxyType(
@@ -115,34 +112,6 @@ TEXT = MappingProxyType(
         "examples": "Start from an example",
     }
 )
-
-
-def profile_gaps(
-    profile: str, *, gap: int, chunk: int, num_new_frames: int, num_inference_steps: int
-) -> int | tuple[int, ...]:
-    """The timestep gap of a profile: an int for "even", else one per new frame after the first.
-
-    Args:
-        profile: "even", "chunks" (`chunk` frames together, the next ones when these are clean) or "ramp" (gaps that grow
-            from 0 to `gap`, in equal steps rounded half up). "drawn" has no rule: it is the list itself.
-        gap: in [0, `num_inference_steps`]. chunk: frames of a chunk, >= 1. num_new_frames: >= 1.
-
-    Raises:
-        ValueError: one sentence, for another profile or a value out of range.
-    """
-    if profile not in PROFILES[:3]:
-        raise ValueError(f"The profile (`profile`) must be one of {', '.join(PROFILES[:3])}, got {profile!r}.")
-    _whole("The number of new frames (`num_new_frames`)", num_new_frames, 1, LIMITS.length.high)
-    _whole("The timestep gap (`ar_step`)", gap, 0, num_inference_steps)
-    count = num_new_frames - 1
-    if profile == "chunks":
-        _whole("The chunk (`chunk`)", chunk, 1, LIMITS.length.high)
-        return tuple(0 if frame % chunk else num_inference_steps for frame in range(1, num_new_frames))
-    if profile == "ramp":
-        return tuple(
-            (2 * gap * index + count - 1) // (2 * (count - 1)) if count > 1 else gap for index in range(count)
-        )
-    return gap
 
 
 def data_url(frame: np.ndarray, *, lossless: bool) -> str:

@@ -24,7 +24,6 @@ from ardiff.demo.presets import (
     GAP_PRESETS,
     LIMITS,
     NO_SCENE,
-    PROFILES,
     TEXT,
     Failed,
     GenerationRequest,
@@ -51,6 +50,7 @@ from ardiff.demo.view import (
     settings_controls,
     whole,
 )
+from ardiff.schedulers.ad_schedule import PROFILES
 
 
 STATIC = Path(__file__).parent / "static"
@@ -376,7 +376,7 @@ def build_demo(session: Session) -> gr.Blocks:
                     )  # fmt: skip
                 length = slider("length", limits.length.low, limits.length.high, limits.length.default, TEXT["length"])
                 profile = gr.Dropdown(
-                    [(TEXT[f"profile_{name}"], name) for name in PROFILES], value="even", label=TEXT["profile"],
+                    [(TEXT[f"profile_{name}"], name) for name in (*PROFILES, "drawn")], value="even", label=TEXT["profile"],
                     filterable=False, elem_id="ar-profile",
                 )  # fmt: skip
                 gap = slider("gap", 0, steps_end, limits.gap_default, TEXT["gap"])

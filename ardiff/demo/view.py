@@ -27,8 +27,8 @@ from ardiff.demo.presets import (
     Queued,
     data_url,
     is_video,
-    profile_gaps,
 )
+from ardiff.schedulers.ad_schedule import profile_gaps
 
 
 MAX_ROWS = 4
@@ -185,7 +185,7 @@ def make_request(controls: Mapping[str, Any], prompt: Prompt | None) -> Generati
     gap = whole(controls["gap"])
     if controls["profile"] == "drawn":
         gap = tuple(json_list("drawn", controls["drawn"]))
-    elif controls["profile"] != "even" and isinstance(num_frames, int) and isinstance(steps, int):
+    elif controls["profile"] != "even" and isinstance(num_frames, int) and num_frames > num_prompts:
         gap = profile_gaps(
             controls["profile"],
             gap=gap,

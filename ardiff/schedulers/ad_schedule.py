@@ -12,6 +12,10 @@ from numbers import Integral
 import torch
 
 
+PROFILES = ("even", "chunks", "ramp")
+"""Shapes of a plan that `profile_gaps` makes: one gap for all, chunks that follow each other, gaps that grow."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanCounts:
     """What a plan costs, counted from its rows.
@@ -71,6 +75,36 @@ def ad_schedule(
     new_frames = (iteration[:, None] - offset).clamp(0, num_inference_steps)
     prompt_frames = new_frames.new_full((len(iteration), num_prompt_frames), num_inference_steps)
     return torch.cat([prompt_frames, new_frames], dim=1)
+
+
+def profile_gaps(
+    profile: str, *, gap: int, chunk: int, num_new_frames: int, num_inference_steps: int
+) -> int | tuple[int, ...]:
+    """The `ar_step` of a profile: an int for "even", else one gap per new frame after the first.
+
+    Args:
+        profile: "even"; "chunks", `chunk` frames together and the next ones when these are clean; or "ramp", gaps that
+            grow from 0 to `gap` in equal steps, rounded half up.
+        gap: in [0, `num_inference_steps`], of no effect for "chunks". chunk: frames of a chunk, >= 1, of effect for
+            "chunks" alone. num_new_frames, num_inference_steps: >= 1.
+
+    Raises:
+        ValueError: another profile, or an argument out of its range.
+    """
+    _check_integer("num_new_frames", num_new_frames, 1, None)
+    _check_integer("num_inference_steps", num_inference_steps, 1, None)
+    count = num_new_frames - 1
+    if profile == "chunks":
+        _check_integer("chunk", chunk, 1, None)
+        return tuple(0 if frame % chunk else num_inference_steps for frame in range(1, num_new_frames))
+    _check_integer("gap", gap, 0, num_inference_steps)
+    if profile == "ramp":
+        return tuple(
+            (2 * gap * index + count - 1) // (2 * (count - 1)) if count > 1 else gap for index in range(count)
+        )
+    if profile == "even":
+        return gap
+    raise ValueError(f"`profile` must be one of {', '.join(PROFILES)} but is {profile!r}.")
 
 
 def smallest_gap(window: int, num_inference_steps: int) -> int:

@@ -34,12 +34,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 # Every look of the third tile, taken down in the page whenever its words change.
 WATCH_TILE = """() => {
-    const tile = document.querySelectorAll(".ar-tile")[2], [canvas, , word] = tile.children;
     window.seen = { looks: [], words: [] };
     new MutationObserver(() => {
+        const [canvas, , word] = document.querySelectorAll(".ar-tile")[2].children;
+        if (word.textContent === window.seen.words.at(-1)) return;
         window.seen.looks.push(canvas.toDataURL());
         window.seen.words.push(word.textContent);
-    }).observe(word, { childList: true });
+    }).observe(document.querySelector(".ar-strip"), { childList: true, subtree: true });
 }"""
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import ardiff.demo
-from ardiff.demo.presets import profile_gaps
-from ardiff.schedulers.ad_schedule import ad_schedule, check_window, plan_counts, smallest_gap
+from ardiff.schedulers.ad_schedule import ad_schedule, check_window, plan_counts, profile_gaps, smallest_gap
 
 
 SCRIPT = Path(ardiff.demo.__file__).parent / "static" / "plan.js"

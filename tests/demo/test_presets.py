@@ -1,4 +1,4 @@
-"""Requests, profiles and settings: what a visitor asks for, written down and read back."""
+"""Requests and settings: what a visitor asks for, written down and read back."""
 
 import json
 
@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 
 from ardiff.demo.presets import (
-    PROFILES,
     FrameReady,
     GenerationRequest,
     Preview,
     Prompt,
     event_json,
-    profile_gaps,
     read_settings,
 )
-from ardiff.schedulers.ad_schedule import ad_schedule
 
 
 def random_prompt(count: int = 2, size: int = 8) -> Prompt:
@@ -32,42 +29,6 @@ REQUESTS = [
     GenerationRequest(num_frames=5, ar_step=(0, 50, 3, 1)),
     GenerationRequest(prompt=random_prompt(), num_frames=6, num_inference_steps=7, ar_step=(7, 0, 2), seed=5),
 ]
-
-
-def gaps(profile, frames, *, gap=5, chunk=3, steps=50):
-    return profile_gaps(profile, gap=gap, chunk=chunk, num_new_frames=frames, num_inference_steps=steps)
-
-
-def test_profiles_are_what_they_say():
-    assert gaps("even", 9) == 5
-    assert gaps("chunks", 8) == (0, 0, 50, 0, 0, 50, 0)
-    assert gaps("chunks", 4, chunk=1) == (50, 50, 50)
-    assert gaps("chunks", 4, chunk=9) == (0, 0, 0)
-    assert gaps("ramp", 6, gap=10) == (0, 3, 5, 8, 10)
-    assert gaps("ramp", 2) == (5,)
-    assert gaps("ramp", 1) == gaps("chunks", 1) == ()
-
-
-@pytest.mark.parametrize("profile", PROFILES[1:3])
-@pytest.mark.parametrize("frames", [1, 2, 5, 16])
-def test_every_profile_is_a_plan(profile, frames):
-    plan = ad_schedule(frames, 12, gaps(profile, frames, gap=7, chunk=4, steps=12))
-    assert (plan[-1] == 12).all()
-    assert (plan[:, :-1] >= plan[:, 1:]).all()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"profile": "drawn"}, "one of even, chunks, ramp, got 'drawn'"),
-        ({"profile": "chunks", "chunk": 0}, "chunk"),
-        ({"profile": "ramp", "gap": 51}, "from 0 to 50, got 51"),
-        ({"profile": "even", "frames": 0}, "new frames"),
-    ],
-)
-def test_profiles_out_of_range_are_refused(change, words):
-    with pytest.raises(ValueError, match=words):
-        gaps(**{"frames": 8, **change})
 
 
 def test_gaps_of_a_request_are_checked():

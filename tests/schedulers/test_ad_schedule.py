@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 
-from ardiff.schedulers.ad_schedule import ad_schedule, check_window, plan_counts, smallest_gap
+from ardiff.schedulers.ad_schedule import (
+    PROFILES,
+    ad_schedule,
+    check_window,
+    plan_counts,
+    profile_gaps,
+    smallest_gap,
+)
 
 
 def paper_rule(num_frames, num_steps, gaps, num_prompt_frames):
@@ -192,3 +199,39 @@ def test_plan_counts_formula(num_frames, ar_step, num_prompt_frames):
     assert counts.iterations == 50 + ar_step * (num_frames - 1)
     assert counts.first_frame_iteration == 50
     assert counts.max_in_flight == min(num_frames, -(-50 // ar_step) if ar_step else num_frames)
+
+
+def gaps(profile, frames, *, gap=5, chunk=3, steps=50):
+    return profile_gaps(profile, gap=gap, chunk=chunk, num_new_frames=frames, num_inference_steps=steps)
+
+
+def test_profiles_are_what_they_say():
+    assert gaps("even", 9) == 5
+    assert gaps("chunks", 8) == (0, 0, 50, 0, 0, 50, 0)
+    assert gaps("chunks", 4, chunk=1) == (50, 50, 50)
+    assert gaps("chunks", 4, chunk=9) == (0, 0, 0)
+    assert gaps("ramp", 6, gap=10) == (0, 3, 5, 8, 10)
+    assert gaps("ramp", 2) == (5,)
+    assert gaps("ramp", 1) == gaps("chunks", 1) == ()
+
+
+@pytest.mark.parametrize("profile", PROFILES[1:])
+@pytest.mark.parametrize("frames", [1, 2, 5, 16])
+def test_every_profile_is_a_plan(profile, frames):
+    plan = ad_schedule(frames, 12, gaps(profile, frames, gap=7, chunk=4, steps=12))
+    assert (plan[-1] == 12).all()
+    assert (plan[:, :-1] >= plan[:, 1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"profile": "drawn"}, "one of even, chunks, ramp but is 'drawn'"),
+        ({"profile": "chunks", "chunk": 0}, "`chunk` must be >= 1 but is 0"),
+        ({"profile": "ramp", "gap": 51}, "`gap` must be in \\[0, 50\\] but is 51"),
+        ({"profile": "even", "frames": 0}, "`num_new_frames` must be >= 1"),
+    ],
+)
+def test_profiles_out_of_range_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        gaps(**{"frames": 8, **change})

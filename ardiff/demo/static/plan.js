@@ -43,7 +43,7 @@ function planCounts(plan) {
   };
 }
 
-/* Gaps of a profile: the mirror of ardiff.demo.presets.profile_gaps. */
+/* Gaps of a profile: the mirror of profile_gaps there. */
 function profileGaps(profile, gap, chunk, fresh, steps) {
   const count = Math.max(fresh - 1, 0);
   if (profile === "chunks") return Array.from({ length: count }, (_, i) => ((i + 1) % chunk ? 0 : steps));
