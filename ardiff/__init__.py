@@ -5,7 +5,6 @@ The names below are imported when they are first asked for, so that `ardiff --he
 """
 
 from importlib import import_module
-from pathlib import Path
 
 
 __version__ = "0.1.0"
@@ -28,6 +27,7 @@ _MODULES = {
     "AutoencoderARVAE": "ardiff.models",
     "FrameKVCache": "ardiff.models",
     "ad_schedule": "ardiff.schedulers",
+    "bundled_model": "ardiff.pipelines.loading",
     "sample_fopp": "ardiff.training.timesteps",
 }
 
@@ -36,16 +36,3 @@ def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)
-
-
-def bundled_model(name: str = "scenes-64") -> Path:
-    """Folder of a model that comes with the repository (assets/models/<name>).
-
-    Raises:
-        ValueError: there is none of that name; lists those there are.
-    """
-    models = Path(__file__).resolve().parent.parent / "assets" / "models"
-    if not (models / name / "model_index.json").is_file():
-        known = ", ".join(sorted(path.parent.name for path in models.glob("*/model_index.json"))) or "none"
-        raise ValueError(f"`name` must be one of the bundled models ({known}) but is {name!r}.")
-    return models / name

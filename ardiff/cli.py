@@ -53,24 +53,6 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 # --- values given on the command line ---------------------------------------------------------------------------
 
 
-def choose_device(name: str) -> str:
-    """`auto` is the first of cuda, mps, cpu that is there; any other name is returned as it came."""
-    import torch
-
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def choose_model(model: str | None) -> str | Path:
-    """A folder or Hub id as given; None is the bundled model."""
-    from ardiff import bundled_model
-
-    return bundled_model() if model is None else model
-
-
 def hide_loading_bar() -> None:
     """Loading a model takes less than a second; diffusers' bar for it would stand above every error line."""
     from diffusers.utils.logging import disable_progress_bar
@@ -93,7 +75,11 @@ def parse_gap_list(text: str) -> list[int]:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="a model folder or a Hub id; default: the bundled model")
+    parser.add_argument("--model", help="a model folder, a Hub id or a bundled model's name; default: scenes-64")
+    add_device_option(parser)
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="auto (cuda, mps or cpu, the first that is there) or a torch device"
     )
@@ -167,11 +153,10 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from ardiff import ARDiffPipeline
+    from ardiff.pipelines.loading import load_pipeline
 
     hide_loading_bar()
-    pipe = ARDiffPipeline.from_pretrained(choose_model(args.model), dtype=getattr(torch, args.dtype))
-    pipe.to(choose_device(args.device))
+    pipe = load_pipeline(args.model, device=args.device, dtype=getattr(torch, args.dtype))
     prompt = read_prompt(
         args.prompt, args.prompt_frames, pipe.image_size, start=args.prompt_start, stride=args.prompt_stride
     )
@@ -342,10 +327,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
     check_output(args.out, (".json",))
 
     from ardiff.evaluation.report import evaluate, format_report
+    from ardiff.pipelines.loading import choose_device, find_model
 
     hide_loading_bar()
     report = evaluate(
-        choose_model(args.model),
+        find_model(args.model),
         scenes=args.scenes,
         num_clips=args.num_clips,
         seed=args.seed,
@@ -381,7 +367,13 @@ def run_scenes(args: argparse.Namespace) -> None:
 
 
 def add_demo_options(parser: argparse.ArgumentParser, host: str = "127.0.0.1", port: int = 7860) -> None:
-    add_model_options(parser)
+    parser.add_argument(
+        "--model",
+        action="append",
+        dest="models",
+        help="a model of the menu: folder, Hub id or bundled model's name; repeatable; default: all bundled models",
+    )
+    add_device_option(parser)
     parser.add_argument("--host", default=host, help=f"address to serve on; default: {host}")
     parser.add_argument("--port", type=int, default=port, help=f"port to serve on; default: {port}")
 
@@ -389,7 +381,7 @@ def add_demo_options(parser: argparse.ArgumentParser, host: str = "127.0.0.1", p
 def run_demo(args: argparse.Namespace) -> None:
     from ardiff.demo.ui import launch
 
-    launch(model=args.model, device=args.device, host=args.host, port=args.port)
+    launch(models=args.models, device=args.device, host=args.host, port=args.port)
 
 
 VERBS = {

@@ -57,7 +57,9 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    demo, session = launch(model=args.model, device="cpu", port=None, prevent_thread_lock=True, quiet=True)
+    demo, session = launch(
+        models=args.model and [args.model], device="cpu", port=None, prevent_thread_lock=True, quiet=True
+    )
     rounds = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
@@ -76,7 +78,7 @@ def main() -> None:
         for _ in range(args.rounds):
             measured = page_run(page, received)
             request = session.recover(page.evaluate(RUN)).request
-            measured["bare_s"] = bare_seconds(session._pipeline, session, request)
+            measured["bare_s"] = bare_seconds(session.first.pipeline, session, request)
             rounds.append(measured)
         browser.close()
     demo.close()

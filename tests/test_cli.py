@@ -225,11 +225,6 @@ def test_a_gap_that_is_no_number_is_refused(capsys):
     assert "'five'" in capsys.readouterr().err
 
 
-def test_device_is_kept_or_chosen():
-    assert cli.choose_device("cpu") == "cpu"
-    assert cli.choose_device("auto") in {"cuda", "mps", "cpu"}
-
-
 def option(default, text="50 % of it"):
     return dataclasses.field(default=default, metadata={"help": text})
 

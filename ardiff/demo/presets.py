@@ -79,8 +79,8 @@ TEXT = MappingProxyType(
     {
         "title": "ardiff studio",
         "tagline": "A video in which every frame has its own noise level. Watch them clear up, one after another.",
+        "model": "Model",
         "scene": "Scene",
-        "scene_info": "What the model should film.",
         "prompt": "Prompt frames",
         "prompt_info": "optional",
         "trim_start": "From frame",
@@ -153,10 +153,11 @@ class Prompt:
 class GenerationRequest:
     """What a visitor asks for. Raises ValueError with one sentence that can be shown as it is.
 
-    `num_frames` counts the prompt frames; `ar_step` is the timestep gap, from 0 to `num_inference_steps`, or one gap per
+    `model` is a name of the menu, None the first. `num_frames` counts the prompt frames; `ar_step` is the timestep gap, from 0 to `num_inference_steps`, or one gap per
     new frame after the first. `continues` is the id of the run whose last finished frames are the prompt.
     """
 
+    model: str | None = None
     scene: str | None = None
     prompt: Prompt | None = None
     num_frames: int = int(LIMITS.length.default)
@@ -215,6 +216,7 @@ class GenerationRequest:
             frames = [data_url(frame, lossless=True) for frame in self.prompt.frames]
             prompt = {"source": self.prompt.source, "frames": frames}
         return {
+            "model": self.model,
             "scene": self.scene,
             "prompt": prompt,
             "num_frames": self.num_frames,
@@ -225,7 +227,7 @@ class GenerationRequest:
         }
 
 
-RESULT_KEYS = ("model", "finished_frames", "seconds")
+RESULT_KEYS = ("finished_frames", "seconds")
 """What a run adds to its settings: told, but not needed to run again."""
 
 SETTINGS_BYTES = 8 * 1024 * 1024
@@ -247,9 +249,10 @@ def read_settings(text: str) -> GenerationRequest:
     if strange or missing:
         words = f"has the unknown entry {strange[0]!r}" if strange else f"lacks the entry {missing[0]!r}"
         raise ValueError(f"This is not a settings file of the studio: it {words}.")
-    scene, prompt = settings["scene"], settings["prompt"]
-    if scene is not None and not isinstance(scene, str):
-        raise ValueError(f"The scene (`scene`) must be a name or nothing, got {scene!r}.")
+    prompt = settings["prompt"]
+    for name in ("model", "scene"):
+        if settings[name] is not None and not isinstance(settings[name], str):
+            raise ValueError(f"The {name} (`{name}`) must be a name or nothing, got {settings[name]!r}.")
     return GenerationRequest(
         **{name: settings[name] for name in known if name != "prompt"},
         prompt=None if prompt is None else _read_stored_prompt(prompt),

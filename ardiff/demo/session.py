@@ -1,6 +1,6 @@
-"""One model, many visitors: the studio without its page.
+"""Few models, many visitors: the studio without its page.
 
-A `Session` owns one worker thread, and that thread alone runs the model. `Session.run` gives a generator of events; closing
+A `Session` owns one worker thread, and that thread alone runs the models. `Session.run` gives a generator of events; closing
 it ends the run at the model's next iteration, `Session.stop` does the same and keeps the finished frames as a video.
 Frames are (S, S, 3) uint8, S = the model's image size; a prompt is (P, S, S, 3) uint8. Times are seconds.
 """
@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from ardiff.data.video import fit_frame, read_image, read_video, video_seconds, write_video
+from ardiff.demo.models import Cost, LoadedModel, ModelMenu
 from ardiff.demo.presets import (
     FPS,
     IMAGE_SUFFIXES,
@@ -68,24 +69,6 @@ EXPORTS = {"mp4": "video.mp4", "gif": "video.gif", "webp": "video.webp", "zip": 
 """What a run can be kept as, and the file's name."""
 
 
-@dataclass
-class Cost:
-    """Seconds per model call and per frame evaluation, measured here: what the page's estimate is made of."""
-
-    call: float = 0.02
-    frame: float = 0.004
-    preview: float | None = None
-
-    def seconds(self, calls: float, evaluations: float, guided: bool) -> float:
-        return calls * self.call + evaluations * self.frame * (2 if guided else 1)
-
-    def learn(self, predicted: float, measured: float) -> None:
-        """Move both figures half-way towards what a whole run took."""
-        factor = float(np.clip(measured / max(predicted, 1e-6), 0.2, 5.0)) ** 0.5
-        self.call *= factor
-        self.frame *= factor
-
-
 @dataclass(eq=False)
 class _Run:
     request: GenerationRequest
@@ -119,22 +102,18 @@ class _PreviewPace:
 
 
 class Session:
-    """The studio's model and the visitors who share it, one run at a time, first come, first served.
+    """The studio's models and the visitors who share them, one run at a time, first come, first served.
 
     Args:
-        pipeline: an `ARDiffPipeline`, already on its device. From now on only the session's worker thread uses it.
-        name: how the model is called on the page.
-        warm_up: measure the model's speed once, in the background, so that the first estimate is honest.
+        sources: for every name of the menu a function that gives its `ARDiffPipeline`, already on its device. From then
+            on only the session's worker thread runs it. The first one is loaded now, the others when they are asked for.
+        warm_up: measure a model's speed once, in the background, so that the first estimate is honest.
+
+    Raises:
+        ValueError: there is no model, or the first one cannot be loaded.
     """
 
-    def __init__(self, pipeline: Any, *, name: str = "model", warm_up: bool = True) -> None:
-        self._pipeline = pipeline
-        self.name = name
-        self.image_size: int = pipeline.image_size
-        self.scenes: tuple[str, ...] = tuple(pipeline.class_names or ())
-        self.window: int = pipeline.transformer.config.window
-        self.device = str(pipeline.device)
-        self.cost = Cost()
+    def __init__(self, sources: Mapping[str, Callable[[], Any]], *, warm_up: bool = True) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ardiff-studio-"))
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ardiff-model")
         self._lock = threading.Lock()
@@ -142,20 +121,28 @@ class Session:
         self._running: _Run | None = None
         self._live: dict[str, _Run] = {}
         self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        if warm_up:
-            self._worker.submit(self._measure)
+        measure = (lambda model: self._worker.submit(self._measure, model)) if warm_up else (lambda model: None)
+        self.models = ModelMenu(sources, measure)
+        self.models.get()
+
+    @property
+    def first(self) -> LoadedModel:
+        """The model that a visitor starts with."""
+        return self.models.get()
 
     # What a visitor does -----------------------------------------------------------------------------------------
 
     def run(self, request: GenerationRequest) -> Iterator[Event]:
         """Queue `request` and give its events: Queued, then FrameReady / Preview / Progress, then Finished or Failed.
 
-        Raises ValueError at once, with one sentence, for a scene the model does not know, for a gap that keeps more
-        frames in flight than the model's window, and when too many visitors wait already.
+        Raises ValueError at once, with one sentence, for a model that is not on the menu, a scene that it does not know,
+        a gap that keeps more frames in flight than its window, and when too many visitors wait already.
         """
-        if request.scene is not None and request.scene not in self.scenes:
-            raise ValueError(f"The scene (`scene`) must be one of {', '.join(self.scenes)}, got {request.scene!r}.")
-        check_window(self._plan(request), self.window, num_prompt_frames=request.num_prompt_frames)
+        model = self.models.get(request.model)
+        request = replace(request, model=model.name)
+        if request.scene is not None and request.scene not in model.scenes:
+            raise ValueError(f"The scene (`scene`) must be one of {', '.join(model.scenes)}, got {request.scene!r}.")
+        check_window(self._plan(request), model.window, num_prompt_frames=request.num_prompt_frames)
         earlier = None if request.continues is None else self._kept(request.continues)
         run_id = uuid.uuid4().hex
         run = _Run(request, self.folder / run_id, run_id)
@@ -171,10 +158,10 @@ class Session:
         self.sweep()
         return self._events(run, place)
 
-    def memory(self) -> str:
+    def memory(self, model: LoadedModel) -> str:
         """Free memory of the model's device in words; of the machine where the device has none of its own."""
-        if self.device.startswith("cuda"):
-            free, total = torch.cuda.mem_get_info(self._pipeline.device)
+        if model.device.startswith("cuda"):
+            free, total = torch.cuda.mem_get_info(model.device)
         else:
             free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
         return f"{free / 2**30:.1f} of {total / 2**30:.0f} GB free"
@@ -194,9 +181,16 @@ class Session:
 
         The length of `request` is the number of new frames. Raises ValueError with one sentence.
         """
-        frames = self.recover(run_id).frames[-int(LIMITS.prompt_frames.high) :]
+        kept = self.recover(run_id)
+        frames = kept.frames[-int(LIMITS.prompt_frames.high) :]
         if not frames:
             raise ValueError("There is no finished frame to go on from.")
+        size = self.models.get(request.model).image_size
+        if len(frames[0]) != size:
+            raise ValueError(
+                f"The frames of that run have {len(frames[0])} px and this model makes {size} px; choose the model "
+                f"{kept.request.model} to go on from them."
+            )
         length = min(request.num_frames + len(frames), int(LIMITS.length.high))
         prompt = Prompt(np.stack(frames), f"run {run_id[:8]}")
         return replace(request, prompt=prompt, num_frames=length, continues=run_id)
@@ -227,6 +221,7 @@ class Session:
         self,
         paths: Sequence[str | Path],
         *,
+        model: str | None = None,
         start: int = 0,
         stride: int = 1,
         count: int = int(LIMITS.prompt_frames.high),
@@ -235,11 +230,13 @@ class Session:
 
         Raises ValueError with one sentence; None for no file.
         """
-        return read_prompt(paths, self.image_size, start=start, stride=stride, count=count) if paths else None
+        size = self.models.get(model).image_size
+        return read_prompt(paths, size, start=start, stride=stride, count=count) if paths else None
 
-    def prompt_preview(self, prompt: Prompt) -> list[np.ndarray]:
+    def prompt_preview(self, prompt: Prompt, model: str | None = None) -> list[np.ndarray]:
         """The prompt frames as the model sees them: through its encoder and decoder and back."""
-        return self._on_worker(lambda: list(self._pipeline.reconstruct(prompt.frames)))
+        pipeline = self.models.get(model).pipeline
+        return self._on_worker(lambda: list(pipeline.reconstruct(prompt.frames)))
 
     def sweep(self, max_age: float = KEEP_SECONDS, max_runs: int = KEEP_RUNS) -> None:
         """Remove the files of runs that ended more than `max_age` seconds ago, and all but the `max_runs` latest."""
@@ -298,7 +295,7 @@ class Session:
         video = self.export(run.id, "mp4") if count else None
         if error is not None:
             return Failed(run.id, describe(error), video, count)
-        settings = {**run.request.settings(), "model": self.name, "finished_frames": count, "seconds": seconds}
+        settings = {**run.request.settings(), "finished_frames": count, "seconds": seconds}
         (run.folder / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
         stopped = count < run.request.num_frames
         return Finished(run.id, video, count, total, stopped, seconds, settings)
@@ -337,10 +334,11 @@ class Session:
                 self._running = None
 
     def _generate(self, run: _Run) -> float:
-        request, pace = run.request, _PreviewPace(self.cost)
-        ahead = self._seconds_ahead(request)
+        # Asked for again: the model may have left memory while the run waited.
+        request, model = run.request, self.models.get(run.request.model)
+        pace, ahead = _PreviewPace(model.cost), self._seconds_ahead(request, model.cost)
         started, ticked = time.monotonic(), float("-inf")
-        stream = self._pipeline.stream(**self.arguments(request))
+        stream = model.pipeline.stream(**self.arguments(request))
         try:
             for step in stream:
                 for index, frame in step.finished:
@@ -361,7 +359,7 @@ class Session:
             stream.close()
         seconds = time.monotonic() - started
         if not run.stop.is_set():
-            self.cost.learn(float(ahead[0]), seconds - pace.spent)
+            model.cost.learn(float(ahead[0]), seconds - pace.spent)
         return seconds
 
     def _preview(self, run: _Run, step: Any, pace: _PreviewPace, elapsed: float) -> None:
@@ -394,14 +392,14 @@ class Session:
             num_prompt_frames=request.num_prompt_frames,
         )
 
-    def _seconds_ahead(self, request: GenerationRequest) -> np.ndarray:
+    def _seconds_ahead(self, request: GenerationRequest, cost: Cost) -> np.ndarray:
         """(R + 1,) expected seconds from after each iteration to the end; entry 0 is the whole run."""
         plan = self._plan(request).numpy()
         before = np.concatenate([np.zeros_like(plan[:1]), plan[:-1]])
         # Prompt frames count once, in the first iteration, where they are committed.
         evaluations = (plan > before).sum(axis=1)
         guided = request.scene is not None and request.guidance_scale > 1
-        rows = [self.cost.seconds(1, count, guided) for count in evaluations]
+        rows = [cost.seconds(1, count, guided) for count in evaluations]
         return np.append(np.cumsum(rows[::-1])[::-1], 0.0)
 
     def _time_left(self, ahead: np.ndarray, iteration: int, elapsed: float) -> float:
@@ -410,18 +408,18 @@ class Session:
         pace = elapsed / done if iteration >= 3 and done > 0 else 1.0
         return float(ahead[iteration] * pace)
 
-    def _measure(self) -> None:
+    def _measure(self, model: LoadedModel) -> None:
         """Time a few calls at two lengths: their difference separates the price of a call from that of a frame."""
-        scene = self.scenes[0] if self.scenes else None
+        scene = next(iter(model.scenes), None)
         medians = []
         for num_frames in (4, 12):
             request = GenerationRequest(scene=scene, num_frames=num_frames, ar_step=0, num_inference_steps=5)
-            marks = [time.monotonic() for _ in self._pipeline.stream(**self.arguments(request))]
+            marks = [time.monotonic() for _ in model.pipeline.stream(**self.arguments(request))]
             # The last call also decodes the video.
             medians.append(float(np.median(np.diff(marks[:-1]))))
         evaluations = 8 * (1 + (scene is not None))
         frame = max((medians[1] - medians[0]) / evaluations, medians[1] / (30 * evaluations))
-        self.cost.frame, self.cost.call = frame, max(medians[0] - evaluations / 2 * frame, medians[0] / 10)
+        model.cost.frame, model.cost.call = frame, max(medians[0] - evaluations / 2 * frame, medians[0] / 10)
 
     def _on_worker(self, call: Callable[[], Any]) -> Any:
         """Run a short `call` on the model's thread: between two iterations when a run is under way."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from html import escape
@@ -17,9 +17,9 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
-import torch
 from gradio.themes.utils.fonts import LocalFont
 
+from ardiff.demo.models import LoadedModel
 from ardiff.demo.presets import (
     GAP_PRESETS,
     LIMITS,
@@ -50,6 +50,7 @@ from ardiff.demo.view import (
     settings_controls,
     whole,
 )
+from ardiff.pipelines.loading import bundled_models, load_pipeline
 from ardiff.schedulers.ad_schedule import PROFILES
 
 
@@ -57,7 +58,7 @@ STATIC = Path(__file__).parent / "static"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = ("plan.js", "stage.js", "prompt.js", "page.js")
 
-CONTROLS = ("scene", "order", "length", "gap", "profile", "chunk", "drawn", "steps", "guidance", "seed")
+CONTROLS = ("model", "scene", "order", "length", "gap", "profile", "chunk", "drawn", "steps", "guidance", "seed")
 """The controls that make a request, in the order in which every callback gets them."""
 
 EXPORTS = (("mp4", "MP4"), ("gif", "GIF"), ("webp", "WebP"), ("zip", "Frames"), ("json", "Settings"))
@@ -69,11 +70,11 @@ mount();
 """
 
 # JavaScript that runs in the browser alone: arguments are the controls, in the order given where it is wired.
-MOVED_JS = f"""(scene, order, length, gap, profile, chunk, drawn, steps, guidance, seed) => {{
+MOVED_JS = f"""(model, scene, order, length, gap, profile, chunk, drawn, steps, guidance, seed) => {{
   const guided = scene !== '{NO_SCENE}', prompts = order ? JSON.parse(order).length : 0;
   const studio = window.ardiffStudio;
   studio.setDrawn(drawn);
-  studio.studio.asked = {{ scene: guided ? scene : '', seed, guidance }};
+  studio.studio.asked = {{ model, scene: guided ? scene : '', seed, guidance }};
   studio.setControls(length, gap, steps, guidance, prompts, guided, profile, chunk);
 }}"""
 STEPS_JS = "(steps, gap) => ({ __type__: 'update', maximum: steps, value: Math.min(gap, steps) })"
@@ -116,10 +117,11 @@ class Studio:
         except ValueError as error:
             yield self._outputs(idle_value("Please change something", plain(error), "failed"), seed=seed)
             return
+        facts = self.facts(self.session.models.get(requests[0][1].model))
         for row, (name, request) in enumerate(requests):
             events = runs.pop() if runs else self.session.run(request)
             last = row == len(requests) - 1
-            view = RunView(request, self.facts(), row=name, keep_rows=mode == "row" or row > 0)
+            view = RunView(request, facts, row=name, keep_rows=mode == "row" or row > 0)
             try:
                 for event in events:
                     if view.absorb(event):
@@ -143,7 +145,7 @@ class Studio:
         else:
             if prompt is None and files:
                 # Generate came before the upload was read.
-                prompt = self.session.read_prompt(files)
+                prompt = self.session.read_prompt(files, model=controls["model"])
                 controls = {**controls, "order": str(list(range(len(prompt.frames))))}
             request = make_request(controls, prompt)
         if samples == 1:
@@ -169,12 +171,33 @@ class Studio:
             gr.update(visible=over and kept),
         )
 
-    def facts(self) -> dict[str, float]:
+    def facts(self, model: LoadedModel) -> dict[str, float]:
         """What the browser needs to judge a plan: the window and the measured seconds per call and per frame evaluation."""
-        return {"window": self.session.window, "call": self.session.cost.call, "frame": self.session.cost.frame}
+        return {"window": model.window, "call": model.cost.call, "frame": model.cost.frame}
 
-    def plan_value(self) -> dict[str, Any]:
-        return {"model": self.facts(), "presets": [preset.gap for preset in GAP_PRESETS]}
+    def about(self, model: LoadedModel) -> tuple[str, dict[str, Any]]:
+        """What the page says of a model. Outputs: head, plan."""
+        plan = {"model": self.facts(model), "presets": [preset.gap for preset in GAP_PRESETS]}
+        return header(self.session, model), plan
+
+    def choose_model(
+        self, name: str, scene: str, files: list[str] | None, start: float, stride: float, count: float
+    ) -> tuple[Any, ...]:
+        """Load a model of the menu, fit the controls to it and the prompt to its size.
+
+        Inputs: model, scene, files, start, stride, count. Outputs: head, plan, scene, prompt, strip, order, stage.
+        """
+        try:
+            model = self.session.models.get(name)
+        except ValueError as error:
+            return *[gr.skip()] * 6, idle_value("Please choose another model", plain(error), "failed")
+        known = scene_choices(model)
+        scenes = gr.update(choices=known, value=scene if scene in known else known[0])
+        if not files or is_settings(files):
+            # The prompt of a settings file keeps its frames; the pipeline fits them to the model's size.
+            return *self.about(model), scenes, *[gr.skip()] * 4
+        prompt, strip, order = self._read_prompt(name, files, start, stride, count)
+        return *self.about(model), scenes, prompt, strip, order, gr.skip()
 
     def stop(self, run_id: str) -> None:
         """End the visitor's run; its own generator then draws what was kept. Inputs: run id."""
@@ -193,7 +216,8 @@ class Studio:
             recovered = self.session.recover(run_id)
         except ValueError as error:
             return idle_value("That run is gone", plain(error), "failed"), gr.skip(), gr.skip()
-        view = RunView(recovered.request, self.facts(), row=gap_words(recovered.request.ar_step))
+        facts = self.facts(self.session.models.get(recovered.request.model))
+        view = RunView(recovered.request, facts, row=gap_words(recovered.request.ar_step))
         view.run_id = run_id
         view.show_again(recovered.frames)
         return view.value, run_id, gr.update(visible=len(recovered.frames) > 0)
@@ -210,59 +234,82 @@ class Studio:
             return gr.update(visible=False)
 
     def open_link(self, request: gr.Request) -> tuple[Any, ...]:
-        """Fill the controls from the link's query. Outputs: the controls, keep, stage, plan."""
+        """Fill the controls from the link's query. Outputs: head, plan, stage, keep, the controls."""
+        query, model = dict(request.query_params), self.session.first
         try:
-            found, message = query_controls(dict(request.query_params), self.session.scenes), gr.skip()
+            if "model" in query:
+                model = self.session.models.get(query["model"])
+            found, message = query_controls(query, model.scenes), gr.skip()
         except ValueError as error:
             found, message = {}, idle_value("Please check the link", plain(error), "failed")
-        filled = [found.get(name, gr.skip()) for name in CONTROLS]
-        return *filled, found.get("keep", gr.skip()), message, self.plan_value()
+        return *self.about(model), message, found.get("keep", gr.skip()), *self._fill(model, found)
 
-    def read_files(self, files: list[str] | None, start: float, stride: float, count: float) -> tuple[Any, ...]:
+    def _fill(self, model: LoadedModel, found: Mapping[str, Any]) -> list[Any]:
+        """Outputs for the controls: the model and its scenes, and what was found for the others."""
+        filled = {name: found.get(name, gr.skip()) for name in CONTROLS}
+        known = scene_choices(model)
+        filled |= {
+            "model": model.name,
+            "scene": gr.update(choices=known, value=found.get("scene", known[0])),
+        }
+        return list(filled.values())
+
+    def read_files(
+        self, name: str, files: list[str] | None, start: float, stride: float, count: float
+    ) -> tuple[Any, ...]:
         """Decode an upload and show its crop and how the model sees it; a settings file fills every control.
 
-        Inputs: files, start, stride, count. Outputs: prompt, strip, trim, keep, the controls.
+        Inputs: model, files, start, stride, count. Outputs: prompt, strip, trim, keep, head, plan, the controls.
         """
-        nothing = [gr.skip()] * len(CONTROLS)
-        order, video = CONTROLS.index("order"), bool(files) and is_video(files[0])
-        try:
-            if files and len(files) == 1 and Path(files[0]).suffix.lower() == ".json":
+        untouched = [gr.skip()] * 3
+        if files and is_settings(files):
+            try:
                 request = read_settings(Path(files[0]).read_text(encoding="utf-8", errors="replace"))
+                model = self.session.models.get(request.model)
                 found = settings_controls(request)
-                strip = prompt_value(request.prompt, self._seen(request.prompt))
-                return (
-                    request.prompt,
-                    strip,
-                    gr.update(visible=False),
-                    True,
-                    *[found.get(c, gr.skip()) for c in CONTROLS],
-                )
-            trimmed = {"start": whole(start), "stride": whole(stride), "count": whole(count)}
-            prompt = self.session.read_prompt(files or [], **trimmed)
-        except ValueError as error:
-            nothing[order] = ""
-            return plain(error), prompt_problem(error), gr.update(visible=video), gr.skip(), *nothing
-        strip = prompt_value(prompt, self._seen(prompt), prompt_words(files or [], **trimmed))
-        nothing[order] = "" if prompt is None else str(strip["order"])
-        return prompt, strip, gr.update(visible=video), gr.skip(), *nothing
+                strip = prompt_value(request.prompt, self._seen(request.prompt, model.name))
+            except ValueError as error:
+                return plain(error), prompt_problem(error), gr.update(visible=False), *untouched, *self._order("")
+            hidden = gr.update(visible=False)
+            return request.prompt, strip, hidden, True, *self.about(model), *self._fill(model, found)
+        prompt, strip, order = self._read_prompt(name, files or [], start, stride, count)
+        video = gr.update(visible=bool(files) and is_video(files[0]))
+        return prompt, strip, video, *untouched, *self._order(order)
 
-    def _seen(self, prompt: Prompt | None) -> list[Any]:
-        return [] if prompt is None else self.session.prompt_preview(prompt)
+    def _order(self, order: str) -> list[Any]:
+        """Outputs for the controls when the order of the prompt frames alone is new."""
+        return [order if name == "order" else gr.skip() for name in CONTROLS]
+
+    def _read_prompt(
+        self, model: str, files: list[str], start: float, stride: float, count: float
+    ) -> tuple[Prompt | str | None, dict[str, Any], str]:
+        """The prompt (or the sentence that says why there is none), what its strip draws, and its order."""
+        trimmed = {"start": whole(start), "stride": whole(stride), "count": whole(count)}
+        try:
+            prompt = self.session.read_prompt(files, model=model, **trimmed)
+            strip = prompt_value(prompt, self._seen(prompt, model), prompt_words(files, **trimmed))
+        except ValueError as error:
+            return plain(error), prompt_problem(error), ""
+        return prompt, strip, "" if prompt is None else str(strip["order"])
+
+    def _seen(self, prompt: Prompt | None, model: str) -> list[Any]:
+        return [] if prompt is None else self.session.prompt_preview(prompt, model)
 
     def api_generate(
         self, scene: str | None, prompt: list[str] | None = None, num_frames: float = 16, ar_step: str = "5",
         num_inference_steps: float = 50, guidance_scale: float = 2.0, seed: float = 0, prompt_start: float = 0,
-        prompt_stride: float = 1, prompt_count: float = 4,
+        prompt_stride: float = 1, prompt_count: float = 4, model: str = "",
     ) -> tuple[str, dict[str, Any]]:  # fmt: skip
         """Generate a video and return its MP4 and the settings that give the same frames again.
 
         `scene` is a name or "no scene"; `prompt` is a list of pictures or one video, of which every `prompt_stride`-th frame
         from `prompt_start` on is taken, `prompt_count` in all; `num_frames` counts the prompt frames; `ar_step` is the
-        timestep gap, 0 to `num_inference_steps`, or one gap per new frame after the first between commas.
+        timestep gap, 0 to `num_inference_steps`, or one gap per new frame after the first between commas; `model` is a name
+        of the page's menu, "" its first.
         """
         *_, last = self._api_events(
             scene, prompt, num_frames, ar_step, num_inference_steps, guidance_scale, seed, prompt_start, prompt_stride,
-            prompt_count,
+            prompt_count, model,
         )  # fmt: skip
         if isinstance(last, Failed):
             raise gr.Error(last.message)
@@ -271,7 +318,7 @@ class Studio:
     def api_stream(
         self, scene: str | None, prompt: list[str] | None = None, num_frames: float = 16, ar_step: str = "5",
         num_inference_steps: float = 50, guidance_scale: float = 2.0, seed: float = 0, prompt_start: float = 0,
-        prompt_stride: float = 1, prompt_count: float = 4,
+        prompt_stride: float = 1, prompt_count: float = 4, model: str = "",
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """Give the events of a run as they come: Queued, FrameReady, Preview, Progress, then Finished or Failed.
 
@@ -279,20 +326,21 @@ class Studio:
         """
         for event in self._api_events(
             scene, prompt, num_frames, ar_step, num_inference_steps, guidance_scale, seed, prompt_start, prompt_stride,
-            prompt_count,
+            prompt_count, model,
         ):  # fmt: skip
             yield event_json(event)
 
     def _api_events(
         self, scene: str | None, prompt: list[str] | None, num_frames: float, ar_step: str, num_inference_steps: float,
-        guidance_scale: float, seed: float, start: float, stride: float, count: float,
+        guidance_scale: float, seed: float, start: float, stride: float, count: float, model: str,
     ) -> Iterator[Any]:  # fmt: skip
         try:
             frames = self.session.read_prompt(
-                prompt or [], start=whole(start), stride=whole(stride), count=whole(count)
+                prompt or [], model=model or None, start=whole(start), stride=whole(stride), count=whole(count)
             )
             gaps = json_list("ar_step", f"[{ar_step}]")
             request = GenerationRequest(
+                model=model or None,
                 scene=None if scene in (None, "", NO_SCENE) else scene,
                 prompt=frames,
                 num_frames=whole(num_frames),
@@ -306,17 +354,28 @@ class Studio:
             raise gr.Error(str(error), print_exception=False) from error
 
 
-def list_examples(session: Session) -> tuple[list[list[Any]], list[str]]:
+def is_settings(files: list[str]) -> bool:
+    """Whether an upload is one settings file rather than a prompt, by its name."""
+    return len(files) == 1 and Path(files[0]).suffix.lower() == ".json"
+
+
+def scene_choices(model: LoadedModel) -> list[str]:
+    return [*model.scenes, NO_SCENE]
+
+
+def list_examples(model: LoadedModel) -> tuple[list[list[Any]], list[str]]:
     """Rows that fill every control (in the order of build_demo's `filled`) and their labels."""
     length, steps, guidance = int(LIMITS.length.default), int(LIMITS.steps.default), LIMITS.guidance.default
+    trim = [0, 1, int(LIMITS.prompt_frames.default)]
     rows, labels = [], []
-    for index, scene in enumerate(session.scenes[:3]):
+    for index, scene in enumerate(scene_choices(model)[:3]):
         gap = (5, 10, 0)[index]
-        rows.append([scene, None, length, "even", gap, steps, guidance, index + 1, True, 1])
+        rows.append([model.name, scene, None, *trim, length, "even", gap, steps, guidance, index + 1, True, 1])
         labels.append(f"{scene.capitalize()}, gap {gap}")
     for path in sorted(EXAMPLES.glob("*.mp4")) + sorted(EXAMPLES.glob("*.png")):
-        scene = next((name for name in session.scenes if name in path.stem), NO_SCENE)
-        rows.append([scene, [str(path)], length, "even", LIMITS.gap_default, steps, guidance, 1, True, 1])
+        scene = next((name for name in model.scenes if name in path.stem), NO_SCENE)
+        gap = LIMITS.gap_default
+        rows.append([model.name, scene, [str(path)], *trim, length, "even", gap, steps, guidance, 1, True, 1])
         labels.append(f"Continue {'a clip' if path.suffix == '.mp4' else 'a picture'}: {path.stem}")
     return rows, labels
 
@@ -337,27 +396,33 @@ def slider(name: str, low: float, high: float, value: float, label: str, step: f
     return gr.Slider(low, high, value, step=step, label=label, elem_id=f"ar-{name}", **options)
 
 
-def header(session: Session) -> str:
+def header(session: Session, model: LoadedModel) -> str:
     """The page's head, made anew for every visitor: memory comes and goes."""
     return (
         f'<header class="ar-header"><h1>ardiff<span>.</span>studio</h1><p>{TEXT["tagline"]}</p>'
-        f'<span class="ar-chip">{escape(session.name)} &middot; {session.image_size} px &middot; '
-        f"{escape(session.device)}, {session.memory()}</span></header>"
+        f'<span class="ar-chip">{escape(model.name)} &middot; {model.image_size} px &middot; '
+        f"{escape(model.device)}, {session.memory(model)}</span></header>"
     )
 
 
 def build_demo(session: Session) -> gr.Blocks:
     """The page around `session`. Launch it with `launch_arguments`, which carry its theme, style and script."""
-    studio, limits = Studio(session), LIMITS
+    studio, limits, first = Studio(session), LIMITS, session.first
+    about, plan_first = studio.about(first)
     steps_end = int(limits.steps.default)
     with gr.Blocks(title=TEXT["title"], analytics_enabled=False, delete_cache=(600, 3600)) as demo:
         run_id, prompt, remembered = gr.State(""), gr.State(None), gr.BrowserState("", storage_key="ardiff-last-run")
-        head = gr.HTML(header(session), apply_default_css=False)
+        head = gr.HTML(about, apply_default_css=False)
         with gr.Row(elem_id="ar-body"):
             with gr.Column(elem_id="ar-controls"):
+                names = session.models.names
+                model = gr.Dropdown(
+                    list(names), value=names[0], label=TEXT["model"], filterable=False, visible=len(names) > 1,
+                    elem_id="ar-model",
+                )  # fmt: skip
                 scene = gr.Dropdown(
-                    [*session.scenes, NO_SCENE], value=(*session.scenes, NO_SCENE)[0], label=TEXT["scene"],
-                    filterable=False, elem_id="ar-scene",
+                    scene_choices(first), value=scene_choices(first)[0], label=TEXT["scene"], filterable=False,
+                    elem_id="ar-scene",
                 )  # fmt: skip
                 gr.HTML(
                     f'<p class="ar-label">{TEXT["prompt"]} <span>{TEXT["prompt_info"]}</span></p>',
@@ -383,7 +448,7 @@ def build_demo(session: Session) -> gr.Blocks:
                 chunk = slider("chunk", 1, 16, 4, TEXT["chunk"], visible=False)
                 with gr.Row(elem_classes="ar-presets"):
                     presets = [gr.Button(preset.name, size="sm") for preset in GAP_PRESETS]
-                plan = drawn_html("plan", "mountPlan", studio.plan_value())
+                plan = drawn_html("plan", "mountPlan", plan_first)
                 with gr.Accordion(TEXT["more"], open=False, elem_id="ar-more"):
                     steps = slider("steps", limits.steps.low, limits.steps.high, steps_end, TEXT["steps"])
                     guidance = slider(
@@ -398,6 +463,7 @@ def build_demo(session: Session) -> gr.Blocks:
                 # What the page's script writes and every callback reads: which prompt frames, and the drawn gaps.
                 order = gr.Textbox("", visible="hidden", elem_id="ar-order")
                 drawn = gr.Textbox("", visible="hidden", elem_id="ar-drawn")
+                wanted = gr.Textbox("", visible="hidden")
                 with gr.Row(elem_id="ar-go"):
                     go = gr.Button(TEXT["generate"], variant="primary", elem_id="ar-generate")
                     stop = gr.Button(TEXT["stop"], interactive=False, elem_id="ar-stop")
@@ -412,13 +478,14 @@ def build_demo(session: Session) -> gr.Blocks:
                 history = drawn_html("history", "mountHistory")
                 with gr.Accordion(TEXT["share"], open=False, elem_id="ar-sharing"):
                     drawn_html("share", "mountShare")
-                filled = [scene, files, length, profile, gap, steps, guidance, seed, keep, samples]
-                rows, labels = list_examples(session)
-                if rows:
-                    gr.Examples(rows, filled, example_labels=labels, label=TEXT["examples"], elem_id="ar-examples")
+                filled = [model, scene, files, start, stride, count, length, profile, gap, steps, guidance, seed, keep]
+                rows, labels = list_examples(first)
+                examples = gr.Examples(
+                    rows, [*filled, samples], example_labels=labels, label=TEXT["examples"], elem_id="ar-examples"
+                )
 
         quiet = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-        controls = [scene, order, length, gap, profile, chunk, drawn, steps, guidance, seed]
+        controls = [model, scene, order, length, gap, profile, chunk, drawn, steps, guidance, seed]
         # A dropdown that is set by another event tells nobody: whatever sets one calls this too.
         moved = {"fn": None, "inputs": controls, "js": MOVED_JS, **quiet}
         for control in controls:
@@ -432,9 +499,15 @@ def build_demo(session: Session) -> gr.Blocks:
         dice.click(None, None, [seed, keep], js=DICE_JS, **quiet)
         upload = partial(gr.on, fn=studio.read_files, show_progress="hidden", api_visibility="private")
         upload(
-            [files.change, start.change, stride.change, count.change], inputs=[files, start, stride, count],
-            outputs=[prompt, strip, trim, keep, *controls], concurrency_limit=4,
+            [files.change, start.change, stride.change, count.change], inputs=[model, files, start, stride, count],
+            outputs=[prompt, strip, trim, keep, head, plan, *controls], concurrency_limit=4,
         ).then(**moved)  # fmt: skip
+        # The scene goes by a field of its own: the dropdown's may not be one that the chosen model knows.
+        for chosen in (model.input, examples.load_input_event.then):
+            chosen(None, scene, wanted, js="(scene) => scene", **quiet).then(
+                studio.choose_model, [model, wanted, files, start, stride, count],
+                [head, plan, scene, prompt, strip, order, stage], api_visibility="private", show_progress="hidden",
+            ).then(**moved)  # fmt: skip
         running = [stage, run_id, seed, go, stop, results]
         for button, mode in ((go, "new"), (again, "row"), (go_on, "continue")):
             button.click(
@@ -454,20 +527,21 @@ def build_demo(session: Session) -> gr.Blocks:
             lambda: gr.update(visible=False), None, recover, **quiet
         )
         history.select(studio.recover_selected, None, recovered, **quiet)
-        demo.load(studio.open_link, None, [*controls, keep, stage, plan], **quiet).then(**moved)
-        demo.load(partial(header, session), None, head, **quiet)
+        demo.load(studio.open_link, None, [head, plan, stage, keep, *controls], **quiet).then(**moved)
         demo.load(studio.offer_recovery, remembered, recover, **quiet)
-        build_endpoints(studio, scene, files, length, steps, guidance, seed)
+        build_endpoints(studio, files, length, steps, guidance, seed)
     return demo
 
 
 def build_endpoints(studio: Studio, *shared: Any) -> None:
     """`/generate` and `/stream`, with the same arguments."""
-    scene, files, length, steps, guidance, seed = shared
+    files, length, steps, guidance, seed = shared
     with gr.Column(visible=False):
+        scene = gr.Textbox(scene_choices(studio.session.first)[0], label="scene")
         gaps = gr.Textbox("5", label="ar_step")
         start, stride, count = (gr.Number(value, precision=0) for value in (0, 1, LIMITS.prompt_frames.default))
-        inputs = [scene, files, length, gaps, steps, guidance, seed, start, stride, count]
+        model = gr.Textbox("", label="model")
+        inputs = [scene, files, length, gaps, steps, guidance, seed, start, stride, count, model]
         limit = {"concurrency_limit": LIMITS.waiting_visitors}
         outputs = [gr.File(label="video"), gr.JSON(label="settings")]
         gr.Button().click(studio.api_generate, inputs, outputs, api_name="generate", **limit)
@@ -493,37 +567,27 @@ def launch_arguments() -> dict[str, Any]:
 
 def launch(
     *,
-    model: str | Path | None = None,
+    models: Sequence[str | Path] | None = None,
     device: str = "auto",
     host: str = "127.0.0.1",
     port: int | None = 7860,
     prevent_thread_lock: bool = False,
     **options: Any,
 ) -> tuple[gr.Blocks, Session]:
-    """Load the pipeline, build the page and serve it; returns when the server ends, or at once without thread lock.
+    """Load the first model, build the page and serve it; returns when the server ends, or at once without thread lock.
 
     Args:
-        model: folder or Hub id of a pipeline. None: the bundled model.
+        models: what the menu offers: folders, Hub ids or names of bundled models. None: all bundled models.
         device: "auto" (cuda, else mps, else cpu) or a torch device.
         host: address to serve on; "0.0.0.0" for every visitor of the network.
         port: port to serve on; None for a free one from 7860.
         options: further arguments of `gr.Blocks.launch`.
     """
-    from ardiff import ARDiffPipeline, bundled_model
-
-    path = bundled_model() if model is None else model
-    pipeline = ARDiffPipeline.from_pretrained(path, dtype=torch.float32).to(pick_device(device))
-    session = Session(pipeline, name=Path(path).name)
+    names = [str(model) for model in models or bundled_models()]
+    session = Session({name: partial(load_pipeline, name, device=device) for name in names})
     demo = build_demo(session).queue(max_size=LIMITS.waiting_visitors)
     arguments = {**launch_arguments(), "server_name": host, "server_port": port, **options}
     demo.launch(prevent_thread_lock=prevent_thread_lock, **arguments)
     if not prevent_thread_lock:
         session.close()
     return demo, session
-
-
-def pick_device(device: str) -> str:
-    """Resolve "auto" to the best device there is."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -194,6 +194,7 @@ def make_request(controls: Mapping[str, Any], prompt: Prompt | None) -> Generati
             num_inference_steps=steps,
         )
     return GenerationRequest(
+        model=controls["model"] or None,
         scene=None if controls["scene"] in (None, "", NO_SCENE) else controls["scene"],
         prompt=prompt,
         num_frames=num_frames,
@@ -256,6 +257,7 @@ def gap_controls(gap: int | Sequence[int]) -> dict[str, Any]:
 def settings_controls(request: GenerationRequest) -> dict[str, Any]:
     """Values of all controls that ask for this request again (the prompt itself goes beside them)."""
     return {
+        "model": request.model or "",
         "scene": request.scene or NO_SCENE,
         "order": json.dumps(list(range(request.num_prompt_frames))) if request.num_prompt_frames else "",
         "length": request.num_frames,

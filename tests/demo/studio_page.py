@@ -28,8 +28,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(pipeline) -> Iterator[SimpleNamespace]:
-    """The page on a free port; every iteration takes `site.delay` seconds longer, so that there is something to watch."""
+def serve(pipeline, **others) -> Iterator[SimpleNamespace]:
+    """The page on a free port; every iteration takes `site.delay` seconds longer, so that there is something to watch.
+
+    `others`: further pipelines of the menu by name.
+    """
     stream = pipeline.stream
     site = SimpleNamespace(pipeline=pipeline, delay=0.0)
 
@@ -39,7 +42,7 @@ def serve(pipeline) -> Iterator[SimpleNamespace]:
             yield step
 
     pipeline.stream = slowly
-    session = Session(pipeline, name="tiny", warm_up=False)
+    session = Session({"tiny": lambda: pipeline, **{name: lambda p=p: p for name, p in others.items()}}, warm_up=False)
     demo = build_demo(session).queue(max_size=20)
     port = free_port()
     demo.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **launch_arguments())
@@ -131,3 +134,14 @@ def downloaded(page) -> tuple[str, str, int]:
     with av.open(str(caught.value.path())) as container:
         context = container.streams.video[0].codec_context
         return context.name, context.pix_fmt, sum(1 for _ in container.decode(video=0))
+
+
+def command(page) -> str:
+    open_share(page)
+    return page.locator(".ar-command").input_value()
+
+
+def open_share(page) -> None:
+    if not page.locator(".ar-command").is_visible():
+        page.get_by_role("button", name="Link and command").click()
+        page.locator(".ar-command").wait_for()

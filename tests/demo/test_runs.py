@@ -5,6 +5,7 @@ import os
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -21,7 +22,7 @@ SMALL = {"num_frames": 6, "num_inference_steps": 6, "ar_step": 2}
 
 @pytest.fixture
 def session(tiny_pipeline) -> Iterator[Session]:
-    session = Session(tiny_pipeline, warm_up=False)
+    session = Session({"tiny": lambda: tiny_pipeline}, warm_up=False)
     yield session
     session.close()
 
@@ -41,14 +42,14 @@ def decoded(path) -> int:
 def test_a_list_of_gaps_equals_the_pipeline(session, gaps):
     request = GenerationRequest(**{**SMALL, "ar_step": gaps}, seed=3)
     _, frames = finish(session, request)
-    video = session._pipeline(**session.arguments(request), output_type="np").frames[0]
+    video = session.first.pipeline(**session.arguments(request), output_type="np").frames[0]
     np.testing.assert_array_equal(frames, np.rint(255 * video).astype(np.uint8))
 
 
 def test_settings_of_a_run_give_its_frames_again(session):
-    pixels = np.random.default_rng(0).integers(0, 256, (2, session.image_size, session.image_size, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *[session.first.image_size] * 2, 3), dtype=np.uint8)
     request = GenerationRequest(
-        scene=session.scenes[0], prompt=Prompt(pixels, "x.png"), num_frames=6, ar_step=(1, 6, 0), num_inference_steps=6,
+        scene=session.first.scenes[0], prompt=Prompt(pixels, "x.png"), num_frames=6, ar_step=(1, 6, 0), num_inference_steps=6,
         guidance_scale=1.5, seed=8,
     )  # fmt: skip
     last, frames = finish(session, request)
@@ -106,10 +107,12 @@ def test_finished_frames_are_there_when_the_visitor_has_left(session):
         time.sleep(0.01)
     run.close()
     recovered = session.recover(run_id)
-    whole = session._on_worker(lambda: session._pipeline(**session.arguments(request), output_type="np").frames[0])
+    whole = session._on_worker(
+        lambda: session.first.pipeline(**session.arguments(request), output_type="np").frames[0]
+    )
     kept = np.stack(recovered.frames)
     np.testing.assert_array_equal(kept, np.rint(255 * whole).astype(np.uint8)[: len(kept)])
-    assert recovered.request == request
+    assert recovered.request == replace(request, model="tiny")
     assert decoded(session.export(run_id, "mp4")) == len(kept)
     session.sweep(max_age=-1)
     with pytest.raises(ValueError, match="not kept any more"):
@@ -136,7 +139,7 @@ def test_a_thousand_runs_leave_a_bounded_disk(session):
 
 
 def test_a_stopped_iteration_never_overlaps_the_next_run(session, monkeypatch):
-    stream, running, overlaps, order = session._pipeline.stream, [], [], []
+    stream, running, overlaps, order = session.first.pipeline.stream, [], [], []
 
     def watched(*args, **arguments):
         seed = arguments["generator"].initial_seed()
@@ -152,7 +155,7 @@ def test_a_stopped_iteration_never_overlaps_the_next_run(session, monkeypatch):
                 return
             yield step
 
-    monkeypatch.setattr(session._pipeline, "stream", watched)
+    monkeypatch.setattr(session.first.pipeline, "stream", watched)
     first = session.run(GenerationRequest(**SMALL, seed=1))
     run_id = next(first).run_id
     second = session.run(GenerationRequest(**SMALL, seed=2))
@@ -185,7 +188,7 @@ def test_twenty_runs_of_two_visitors_never_mix(session):
         kept += zip(requests, frames, strict=True)
     assert len(kept) == 20
     for request, frames in kept:
-        video = session._pipeline(**session.arguments(request), output_type="np").frames[0]
+        video = session.first.pipeline(**session.arguments(request), output_type="np").frames[0]
         np.testing.assert_array_equal(np.stack(frames), np.rint(255 * video).astype(np.uint8))
 
 

@@ -31,7 +31,7 @@ SMALL = {"num_frames": 6, "num_inference_steps": 6, "ar_step": 2}
 
 @pytest.fixture
 def session(tiny_pipeline) -> Iterator[Session]:
-    session = Session(tiny_pipeline, warm_up=False)
+    session = Session({"tiny": lambda: tiny_pipeline}, warm_up=False)
     yield session
     session.close()
 
@@ -39,7 +39,7 @@ def session(tiny_pipeline) -> Iterator[Session]:
 @pytest.fixture
 def slow(session, monkeypatch) -> Session:
     """The same session with iterations that take long enough to do something in between; they are counted."""
-    stream = session._pipeline.stream
+    stream = session.first.pipeline.stream
     session.iterations = 0
 
     def slowly(*args, **arguments):
@@ -48,7 +48,7 @@ def slow(session, monkeypatch) -> Session:
             session.iterations += 1
             yield step
 
-    monkeypatch.setattr(session._pipeline, "stream", slowly)
+    monkeypatch.setattr(session.first.pipeline, "stream", slowly)
     return session
 
 
@@ -59,7 +59,7 @@ def frames_of(events: list[Event]) -> np.ndarray:
 
 
 def expected(session: Session, request: GenerationRequest) -> np.ndarray:
-    video = session._pipeline(**session.arguments(request), output_type="np").frames[0]
+    video = session.first.pipeline(**session.arguments(request), output_type="np").frames[0]
     return np.rint(255 * video).astype(np.uint8)
 
 
@@ -88,12 +88,12 @@ def test_events_come_in_order_and_end_with_the_video(session):
 
 @pytest.mark.parametrize("gap", [0, 2, 6])
 def test_frames_equal_the_pipeline(session, gap):
-    request = GenerationRequest(**{**SMALL, "ar_step": gap}, seed=11, scene=session.scenes[0])
+    request = GenerationRequest(**{**SMALL, "ar_step": gap}, seed=11, scene=session.first.scenes[0])
     np.testing.assert_array_equal(frames_of(list(session.run(request))), expected(session, request))
 
 
 def test_prompt_frames_come_first_and_equal_the_pipeline(session):
-    pixels = np.random.default_rng(0).integers(0, 256, (2, session.image_size, session.image_size, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *[session.first.image_size] * 2, 3), dtype=np.uint8)
     prompt = Prompt(pixels, "noise")
     request = GenerationRequest(**SMALL, seed=1, prompt=prompt)
     events = list(session.run(request))
@@ -186,7 +186,7 @@ def test_previews_keep_their_share_and_never_change_the_result(session, monkeypa
     decoding = 0.0
     request = GenerationRequest(**{**SMALL, "num_inference_steps": 40}, seed=9)
     monkeypatch.setattr("ardiff.demo.session.TICK", 0.0)
-    stream = session._pipeline.stream
+    stream = session.first.pipeline.stream
 
     def timed(*args, **arguments):
         nonlocal decoding
@@ -206,7 +206,7 @@ def test_previews_keep_their_share_and_never_change_the_result(session, monkeypa
             object.__setattr__(step, "decode_guess", measured)
             yield step
 
-    monkeypatch.setattr(session._pipeline, "stream", timed)
+    monkeypatch.setattr(session.first.pipeline, "stream", timed)
     list(session.run(request))
     decoding = 0.0
     events = list(session.run(request))
@@ -224,7 +224,7 @@ def test_no_more_than_ten_progress_events_a_second(slow):
 
 
 def test_a_failing_model_is_told_in_a_sentence_and_the_next_run_works(session, monkeypatch):
-    stream = session._pipeline.stream
+    stream = session.first.pipeline.stream
 
     def failing(*args, **arguments):
         for step in stream(*args, **arguments):
@@ -233,7 +233,7 @@ def test_a_failing_model_is_told_in_a_sentence_and_the_next_run_works(session, m
                 raise RuntimeError("broken pipe in the basement")
 
     with monkeypatch.context() as patch:
-        patch.setattr(session._pipeline, "stream", failing)
+        patch.setattr(session.first.pipeline, "stream", failing)
         last = list(session.run(GenerationRequest(**SMALL)))[-1]
     assert isinstance(last, Failed)
     assert "broken pipe in the basement" in last.message
@@ -243,7 +243,7 @@ def test_a_failing_model_is_told_in_a_sentence_and_the_next_run_works(session, m
 
 
 def test_out_of_memory_is_told_and_what_had_finished_is_kept(session, monkeypatch):
-    stream = session._pipeline.stream
+    stream = session.first.pipeline.stream
 
     def failing(*args, **arguments):
         for step in stream(*args, **arguments):
@@ -251,12 +251,12 @@ def test_out_of_memory_is_told_and_what_had_finished_is_kept(session, monkeypatc
             if step.iteration == 9:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(session._pipeline, "stream", failing)
+    monkeypatch.setattr(session.first.pipeline, "stream", failing)
     last = list(session.run(GenerationRequest(**SMALL)))[-1]
     assert isinstance(last, Failed)
     assert last.message.startswith("The device ran out of memory; what had finished is kept.")
     assert last.num_frames == len(session.recover(last.run_id).frames) == 2
-    assert " GB free" in session.memory()
+    assert " GB free" in session.memory(session.first)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_runs_that_cannot_work_are_refused_at_once(session):
     with pytest.raises(ValueError, match="scene"):
         session.run(GenerationRequest(**SMALL, scene="volcano"))
     with pytest.raises(ValueError, match="must be at least"):
-        session.run(GenerationRequest(num_frames=session.window + 1, num_inference_steps=20, ar_step=0))
+        session.run(GenerationRequest(num_frames=session.first.window + 1, num_inference_steps=20, ar_step=0))
     assert not session._live
 
 
@@ -299,7 +299,7 @@ def test_too_many_visitors_are_asked_to_wait(slow):
 
 def test_uploads_become_prompt_frames(session, tmp_path):
     clip = np.random.default_rng(1).integers(0, 256, (12, 40, 60, 3), dtype=np.uint8)
-    size = session.image_size
+    size = session.first.image_size
     Image.fromarray(clip[0]).save(tmp_path / "a.png")
     Image.fromarray(clip[1]).save(tmp_path / "b.JPG")
     write_video(clip, tmp_path / "clip.mp4")
@@ -339,8 +339,8 @@ def test_an_upload_is_shown_while_another_visitor_runs(slow):
     run = slow.run(GenerationRequest(**{**SMALL, "num_inference_steps": 60}))
     while not isinstance(next(run), Progress):
         pass
-    prompt = Prompt(np.zeros((1, slow.image_size, slow.image_size, 3), np.uint8), "black")
-    assert slow.prompt_preview(prompt)[0].shape == (slow.image_size, slow.image_size, 3)
+    prompt = Prompt(np.zeros((1, slow.first.image_size, slow.first.image_size, 3), np.uint8), "black")
+    assert slow.prompt_preview(prompt)[0].shape == (slow.first.image_size, slow.first.image_size, 3)
     assert slow._running is not None
     run.close()
 
@@ -356,15 +356,15 @@ def test_old_runs_are_swept_and_close_removes_everything(session):
 
 
 def test_speed_is_measured_and_learned(tiny_pipeline):
-    session = Session(tiny_pipeline)
-    before = (session.cost.call, session.cost.frame)
-    wait_until(lambda: (session.cost.call, session.cost.frame) != before)
-    assert 0 < session.cost.frame < 1
-    assert 0 < session.cost.call < 1
+    session = Session({"tiny": lambda: tiny_pipeline})
+    before = (session.first.cost.call, session.first.cost.frame)
+    wait_until(lambda: (session.first.cost.call, session.first.cost.frame) != before)
+    assert 0 < session.first.cost.frame < 1
+    assert 0 < session.first.cost.call < 1
     request = GenerationRequest(**SMALL)
     list(session.run(request))
     # Rough on purpose: other programs share the machine.
-    assert 0.05 < session._seconds_ahead(request)[0] / list(session.run(request))[-1].seconds < 20
+    assert 0.05 < session._seconds_ahead(request, session.first.cost)[0] / list(session.run(request))[-1].seconds < 20
     session.close()
 
 

@@ -13,7 +13,9 @@ from studio_page import (
     PHASE,
     STAGE,
     clear_files,
+    command,
     expected,
+    open_share,
     press,
     settle,
     shown_frames,
@@ -57,17 +59,6 @@ def pictures(tmp_path, count: int) -> list[np.ndarray]:
     return made
 
 
-def command(page) -> str:
-    open_share(page)
-    return page.locator(".ar-command").input_value()
-
-
-def open_share(page) -> None:
-    if not page.locator(".ar-command").is_visible():
-        page.get_by_role("button", name="Link and command").click()
-        page.locator(".ar-command").wait_for()
-
-
 def saved(page, button: str) -> bytes:
     with page.expect_download() as caught:
         page.locator(button).click()
@@ -82,7 +73,7 @@ def test_chunks_are_run_as_planned(page, site):
     assert gaps(page) == [0, 0, 0, 10, 0, 0]
     press(page, "Generate")
     wait_for_run(page)
-    scene = [site.session.scenes[0]]
+    scene = [site.session.first.scenes[0]]
     frames = expected(site, num_frames=7, ar_step=[0, 0, 0, 10, 0, 0], seed=7, class_labels=scene)
     np.testing.assert_array_equal(shown_frames(page), frames)
     even(page)
@@ -120,14 +111,14 @@ def test_a_plan_is_drawn_by_mouse_and_by_keys(page, site):
     assert not asked
     press(page, "Generate")
     wait_for_run(page)
-    scene = [site.session.scenes[0]]
+    scene = [site.session.first.scenes[0]]
     frames = expected(site, ar_step=[2, 10, 2, 0, 2], seed=7, class_labels=scene)
     np.testing.assert_array_equal(shown_frames(page), frames)
     even(page)
 
 
 def test_a_plan_that_overflows_the_window_cannot_be_drawn(page, site):
-    window = site.session.window
+    window = site.session.first.window
     settle(page, length=window + 1, gap=1)
     canvas = page.locator(".ar-plan canvas")
     canvas.focus()
@@ -165,7 +156,7 @@ def test_prompt_frames_are_put_in_order_and_removed(page, site, tmp_path):
     assert command(page).endswith("--prompt 3.png --prompt 1.png --prompt 0.png")
     press(page, "Generate")
     wait_for_run(page)
-    scene = [site.session.scenes[0]]
+    scene = [site.session.first.scenes[0]]
     frames = expected(site, ar_step=5, seed=7, class_labels=scene, prompt_frames=[made[3], made[1], made[0]])
     np.testing.assert_array_equal(shown_frames(page), frames)
     clear_files(page)
@@ -208,7 +199,7 @@ def test_gaps_are_compared_from_the_same_noise(page, site):
     assert row.locator("h3").inner_text() == "gap 0"
     assert row.locator("p").inner_text().startswith("10 calls, 6 frames,")
     assert page.locator(".ar-row-name").inner_text().startswith("gap 10: 60 calls, 6 frames,")
-    scene = [site.session.scenes[0]]
+    scene = [site.session.first.scenes[0]]
     np.testing.assert_array_equal(shown_frames(page), expected(site, ar_step=10, seed=7, class_labels=scene))
     # One clock: stepping the player steps the row.
     page.locator(".ar-forth").click()
@@ -226,7 +217,7 @@ def test_seeds_are_rows(page, site):
     press(page, "Generate")
     page.wait_for_function(f"{PHASE} === 'done' && {STAGE}.rows.length === 2 && {STAGE}.value.seed === 22")
     assert page.locator(".ar-rows h3").all_inner_texts() == ["seed 20", "seed 21"]
-    scene = [site.session.scenes[0]]
+    scene = [site.session.first.scenes[0]]
     np.testing.assert_array_equal(shown_frames(page), expected(site, ar_step=5, seed=22, class_labels=scene))
     field.fill("1")
     field.press("Tab")
@@ -323,20 +314,22 @@ def test_the_map_is_saved(page):
 
 
 def test_a_link_fills_the_controls(browser, site):
-    query = "?scene=" + site.session.scenes[1] + "&length=5&steps=10&gap=0,10,3,0&guidance=1.5&seed=77"
+    query = (
+        "?model=tiny&scene=" + site.session.first.scenes[1] + "&length=5&steps=10&gap=0,10,3,0&guidance=1.5&seed=77"
+    )
     with visit(browser, site, query=query) as page:
         page.wait_for_function(f"{CONTROLS} && {CONTROLS}.profile === 'drawn'")
         assert gaps(page) == [0, 10, 3, 0]
         assert page.locator("#ar-seed input").input_value() == "77"
         open_share(page)
         page.wait_for_function("document.querySelector('.ar-command').value.includes('--seed 77')")
-        command = page.locator(".ar-command").input_value()
-        assert command == (
-            f"ardiff generate --scene {site.session.scenes[1]} --num-frames 5 --ar-step 0,10,3,0 --steps 10 --guidance 1.5"
+        words = command(page)
+        assert words == (
+            f"ardiff generate --model tiny --scene {site.session.first.scenes[1]} --num-frames 5 --ar-step 0,10,3,0 --steps 10 --guidance 1.5"
             " --seed 77"
         )
         assert page.locator(".ar-link").input_value() == site.url + query
-        args = build_parser(["generate"]).parse_args(shlex.split(command)[1:])
+        args = build_parser(["generate"]).parse_args(shlex.split(words)[1:])
         assert (args.ar_step, args.steps, args.guidance, args.seed) == ([0, 10, 3, 0], 10, 1.5, 77)
     with visit(browser, site, query="?length=many") as page:
         page.locator(".ar-message", has_text="length must be a number").wait_for()

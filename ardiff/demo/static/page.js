@@ -29,7 +29,7 @@ function number(value) {
 
 /* `c`: the controls; `gaps` is a number or a list. */
 function commandLine(c) {
-  const words = ["ardiff", "generate"];
+  const words = ["ardiff", "generate", "--model", c.model];
   if (c.scene) words.push("--scene", c.scene);
   words.push("--num-frames", number(c.frames), "--ar-step", [].concat(c.gaps).join(","), "--steps", number(c.steps));
   words.push("--guidance", number(c.guidance), "--seed", number(c.seed));
@@ -40,7 +40,7 @@ function commandLine(c) {
 /* The settings as a query; prompt frames do not fit into a link. */
 function settingsQuery(c) {
   const query = new URLSearchParams({
-    scene: c.scene || "", length: c.frames, steps: c.steps, gap: [].concat(c.gaps).join(","), guidance: c.guidance,
+    model: c.model, scene: c.scene || "", length: c.frames, steps: c.steps, gap: [].concat(c.gaps).join(","), guidance: c.guidance,
     seed: c.seed,
   });
   return query.toString().replaceAll("%2C", ",");

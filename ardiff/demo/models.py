@@ -1,0 +1,108 @@
+"""The menu of models: the ones the operator allows, each loaded when it is first asked for.
+
+A model is known by its name alone; nothing that a visitor sends is ever taken for a path or a Hub id.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+LOADED_MODELS = 2
+"""Models that are kept in memory; the one that was asked for longest ago makes room for the next."""
+
+
+@dataclass
+class Cost:
+    """Seconds per model call and per frame evaluation, measured here: what the page's estimate is made of."""
+
+    call: float = 0.02
+    frame: float = 0.004
+    preview: float | None = None
+
+    def seconds(self, calls: float, evaluations: float, guided: bool) -> float:
+        return calls * self.call + evaluations * self.frame * (2 if guided else 1)
+
+    def learn(self, predicted: float, measured: float) -> None:
+        """Move both figures half-way towards what a whole run took."""
+        factor = float(np.clip(measured / max(predicted, 1e-6), 0.2, 5.0)) ** 0.5
+        self.call *= factor
+        self.frame *= factor
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A pipeline that has been loaded, by the name it has on the page; `cost` outlives its leaving memory."""
+
+    name: str
+    pipeline: Any
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def image_size(self) -> int:
+        return self.pipeline.image_size
+
+    @property
+    def scenes(self) -> tuple[str, ...]:
+        return tuple(self.pipeline.class_names or ())
+
+    @property
+    def window(self) -> int:
+        return self.pipeline.transformer.config.window
+
+    @property
+    def device(self) -> str:
+        return str(self.pipeline.device)
+
+
+class ModelMenu:
+    """Models by name, the first one being what a visitor starts with.
+
+    Args:
+        sources: for every name a function that gives its `ARDiffPipeline`, on its device.
+        on_load: called with every model that was loaded for the first time.
+    """
+
+    def __init__(self, sources: Mapping[str, Callable[[], Any]], on_load: Callable[[LoadedModel], Any]) -> None:
+        if not sources:
+            raise ValueError("There must be at least one model to choose from, got none.")
+        self._sources = dict(sources)
+        self._on_load = on_load
+        self._lock = threading.Lock()
+        self._loaded: dict[str, LoadedModel] = {}  # the one asked for last is at the end
+        self._costs: dict[str, Cost] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._sources)
+
+    def get(self, name: str | None = None) -> LoadedModel:
+        """The model of this name, None = the first one; loading one takes seconds, and who else asks waits.
+
+        Raises ValueError with one sentence when there is none of that name or it cannot be loaded.
+        """
+        name = self.names[0] if name is None else name
+        if name not in self._sources:
+            raise ValueError(f"The model (`model`) must be one of {', '.join(self.names)}, got {name!r}.")
+        with self._lock:
+            model = self._loaded.pop(name, None)
+            if model is None:
+                while len(self._loaded) >= LOADED_MODELS:
+                    self._loaded.pop(next(iter(self._loaded)))
+                try:
+                    pipeline = self._sources[name]()
+                except (OSError, RuntimeError) as error:
+                    raise ValueError(
+                        f"The model {name} could not be loaded: {' '.join(str(error).split())}"
+                    ) from error
+                fresh = name not in self._costs
+                model = LoadedModel(name, pipeline, self._costs.setdefault(name, Cost()))
+                if fresh:
+                    self._on_load(model)
+            self._loaded[name] = model
+        return model
