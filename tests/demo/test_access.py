@@ -99,3 +99,49 @@ def test_a_phone_with_rows_never_scrolls_sideways(browser, site):
         small = page.evaluate("""() => [...document.querySelectorAll("#ar-results button, .ar-rows button, .ar-play, .ar-past-close")]
             .filter((button) => button.offsetHeight && button.offsetHeight < 43.5).map((button) => button.textContent)""")
         assert small == []
+
+
+@pytest.mark.parametrize("width", [390, 960, 1024, 1366])
+def test_no_figure_is_cut_off(browser, site, width):
+    with visit(browser, site, viewport={"width": width, "height": 800}) as page:
+        settle(page, length=16, steps=20, seed=4294967295)
+        site.delay = 0.0
+        press(page, "Generate")
+        wait_for_run(page)
+        cut = """() => [...document.querySelectorAll(".ar-facts dd")]
+            .filter((figure) => figure.scrollWidth > figure.clientWidth).map((figure) => figure.textContent)"""
+        assert page.evaluate(cut) == []
+        page.evaluate("document.querySelector('.ar-f-calls').textContent = '1234 of 4444'")
+        assert page.evaluate(cut) == []
+
+
+def test_under_reduced_motion_noise_changes_three_times_a_second_at_most(browser, site, monkeypatch):
+    """Sampled at every animation frame: when the picture of a tile that is nearly noise became another one."""
+    # A new guess of every frame, ten times a second.
+    monkeypatch.setattr("ardiff.demo.session.PREVIEW_SHARE", 10.0)
+    changes = {}
+    for motion in ("reduce", "no-preference"):
+        with visit(browser, site, reduced_motion=motion) as page:
+            settle(page, gap=0, steps=30)
+            site.delay = 0.15
+            page.evaluate("""() => {
+                window.changed = [];
+                let before = "";
+                (function look() {
+                    requestAnimationFrame(look);
+                    const tile = document.querySelectorAll(".ar-tile")[3];
+                    if (!tile) return;
+                    const [canvas, , word] = tile.children;
+                    const now = canvas.toDataURL(), level = parseInt(word.textContent);
+                    if (now !== before && level >= 62) window.changed.push(performance.now());
+                    before = now;
+                })();
+            }""")
+            press(page, "Generate")
+            page.wait_for_function(f"{PHASE} === 'running' && {STAGE}.value.iteration >= 13")
+            press(page, "Stop and keep")
+            wait_for(page, "done")
+            times = page.evaluate("window.changed")
+            changes[motion] = [later - sooner for sooner, later in zip(times, times[1:], strict=False)]
+    assert min(changes["reduce"]) > 300
+    assert len(changes["no-preference"]) > len(changes["reduce"])

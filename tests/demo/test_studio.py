@@ -301,6 +301,32 @@ def test_the_player_shows_guesses_noise_and_everything(page, site):
     wait_for(page, "done")
 
 
+def test_the_window_slides_over_the_live_map(page, site):
+    window, length = site.session.first.window, site.session.first.window + 4
+    settle(page, length=length, steps=5, gap=5)
+    site.delay = 0.01
+    page.evaluate("""() => {
+        const draw = CanvasRenderingContext2D.prototype.strokeRect;
+        window.boxes = [];
+        CanvasRenderingContext2D.prototype.strokeRect = function (x, y, width, height) {
+            if (this.canvas.matches(".ar-map")) window.boxes.push([x, width]);
+            return draw.call(this, x, y, width, height);
+        };
+    }""")
+    press(page, "Generate")
+    wait_for_run(page)
+    tiles = page.evaluate("[...document.querySelectorAll('.ar-tile')].map((tile) => tile.offsetLeft)")
+    column = tiles[1] - tiles[0]
+    boxes = page.evaluate("window.boxes")
+    firsts = [round((x - 1) / column) for x, _ in boxes]
+    assert firsts == sorted(firsts)
+    assert (firsts[0], firsts[-1]) == (0, length - window)
+    # The box holds as many frames as the model sees, the latest started one included; fewer at the beginning.
+    sizes = [round(width / column) for _, width in boxes]
+    assert max(sizes) == sizes[-1] == window
+    assert min(sizes) < window
+
+
 def test_the_map_is_saved(page):
     svg = saved(page, ".ar-svg").decode()
     assert svg.startswith("<svg")
