@@ -5,6 +5,7 @@ are). `ARDIFF_ORIGINAL_VECTORS=FOLDER python -m pytest tests/models/original` ru
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -419,14 +420,17 @@ def test_decoder(kind):
 
 
 @pytest.mark.parametrize("kind", ["image", "temporal"])
-@pytest.mark.parametrize("parts", [[1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [2, 4, 1, 3], [7, 3]])
-def test_decoding_in_parts_gives_the_recorded_frames(kind, parts):
-    """Two clips one after the other, in parts that need not end where a clip does."""
+@pytest.mark.parametrize("sizes", [[1], [2, 4, 1, 3], [7, 2]])
+def test_decoding_in_parts_gives_the_recorded_frames(kind, sizes):
+    """The clips one after the other, in parts that need not end where a clip does."""
     vectors, vae, cache = load("vae_golden"), build_vae(kind), DecoderCache()
     latents = channels_last(vectors["latents"]).flatten(0, 1)[None]
-    ends = torch.tensor(parts).cumsum(0).tolist()
-    frames = [vae.decode(latents[:, end - size : end], cache) for end, size in zip(ends, parts, strict=True)]
-    frames.append(vae.decode(latents[:, ends[-1] :], cache)) if ends[-1] < latents.shape[1] else None
+    rest, frames = latents, []
+    for size in itertools.cycle(sizes):
+        frames.append(vae.decode(rest[:, :size], cache))
+        rest = rest[:, size:]
+        if not rest.shape[1]:
+            break
     close(unit(torch.cat(frames, dim=1)[0]), vectors[f"decoded_{kind}"].flatten(0, 1), **DECODED)
 
 
