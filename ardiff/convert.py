@@ -147,44 +147,16 @@ def convert(
     if any(name.startswith("decoder.fine_temporal_blocks.") for name in autoencoder.tensors):
         options["vae"].setdefault("clip_frames", TEMPORAL_CLIP)
     with torch.device("meta"):
-        transformer, vae_model = (COMPONENTS[name](**options[name]) for name in ("transformer", "vae"))
-    scheduler = ADScheduler(**options["scheduler"])
-    pipeline = OriginalARDiffPipeline(vae_model, transformer, scheduler)
-
-    network = _without_duplicates(network)
-    tables = {NETWORK + name: table for name, table in fixed_tables(transformer.config).items()}
-    expected = {
-        name if name in CONTEXTS else NETWORK + name: tensor for name, tensor in transformer.state_dict().items()
-    }
-    buffers = {f"diffusion_model.{name}": scheduler.alphas_cumprod for name in SCHEDULE_BUFFERS}
-    problems = _differences("transformer", network, expected | tables | buffers)
-    problems += _differences("autoencoder", autoencoder, vae_model.state_dict())
-    if problems:
-        raise ValueError(" ".join(problems))
-    _check_tables(network, tables, scheduler)
-
-    parts = {
-        "transformer": {
-            name: network.tensors[stored] for name, stored in zip(transformer.state_dict(), expected, strict=True)
-        },
-        "vae": {name: autoencoder.tensors[name] for name in vae_model.state_dict()},
-    }
-    total = sum(stored.num_bytes for part in parts.values() for stored in part.values())
+        models = {name: COMPONENTS[name](**options[name]) for name in ("transformer", "vae")}
+    pipeline = OriginalARDiffPipeline(**models, scheduler=ADScheduler(**options["scheduler"]))
+    weights = _checked(pipeline, network, autoencoder)
     # Beside `out`, so that the last step is a rename.
     workshop = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     try:
-        folder = workshop / out.name
-        folder.mkdir()
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-            for name, tensors in parts.items():
-                bar.set_description(name)
-                getattr(pipeline, name).save_config(folder / name)
-                _write(folder / name, tensors, bar)
-        scheduler.save_pretrained(folder / "scheduler")
-        pipeline.save_config(folder)
+        _write(workshop / out.name, pipeline, weights, progress)
         if out.exists():
             out.rmdir()
-        folder.rename(out)
+        (workshop / out.name).rename(out)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     return out
@@ -346,54 +318,84 @@ def _dtype(part: object) -> torch.dtype:
 # --- checks -----------------------------------------------------------------------------------------------------
 
 
-def _without_duplicates(network: _Checkpoint) -> _Checkpoint:
-    """The rotary table is one tensor that every block refers to; a file may list it under all these names."""
+def _checked(
+    pipeline: OriginalARDiffPipeline, network: _Checkpoint, autoencoder: _Checkpoint
+) -> dict[str, dict[str, _Stored]]:
+    """The stored tensors of every model of `pipeline` by their names in it, when all of them are what they should be."""
+    parameters = {name: name if name in CONTEXTS else NETWORK + name for name in pipeline.transformer.state_dict()}
+    tables = {NETWORK + name: table for name, table in fixed_tables(pipeline.transformer.config).items()}
+    alphas = pipeline.scheduler.alphas_cumprod
+    expected = {stored: pipeline.transformer.state_dict()[name] for name, stored in parameters.items()}
+    expected |= tables | {f"diffusion_model.{name}": alphas for name in SCHEDULE_BUFFERS}
+    # The rotary table is one tensor that every block refers to; a file may list it under all these names.
     repeated = re.compile(re.escape(NETWORK) + r"blocks\.\d+\.attn\.rotary_emb\.freqs")
-    return _Checkpoint(
-        network.label, {name: stored for name, stored in network.tensors.items() if not repeated.fullmatch(name)}
-    )
+    found = {name: tensor for name, tensor in network.tensors.items() if not repeated.fullmatch(name)}
+
+    problems = _differences("transformer", network.label, found, expected)
+    problems += _differences("autoencoder", autoencoder.label, autoencoder.tensors, pipeline.vae.state_dict())
+    if problems:
+        raise ValueError(" ".join(problems))
+    for name, table in tables.items():
+        if not _agree(found[name], table, rtol=0.0, atol=1e-5):
+            raise ValueError(f"{network.label} has another {name} than the configuration gives.")
+    stored = found["diffusion_model.alphas_cumprod"]
+    if not _agree(stored, alphas, rtol=1e-3, atol=0.0):
+        raise ValueError(
+            f"{network.label} was made with another noise schedule: its alphas_cumprod ends at {stored.read()[-1]:.4g} instead of "
+            f"{alphas[-1]:.4g}; `config` must give the scheduler's betas, and what else differs in such a model."
+        )
+    return {
+        "transformer": {name: found[stored] for name, stored in parameters.items()},
+        "vae": {name: autoencoder.tensors[name] for name in pipeline.vae.state_dict()},
+    }
 
 
-def _differences(what: str, checkpoint: _Checkpoint, expected: Mapping[str, torch.Tensor]) -> list[str]:
+def _differences(
+    what: str, label: str, tensors: Mapping[str, _Stored], expected: Mapping[str, torch.Tensor]
+) -> list[str]:
     """One sentence for all that is missing, unexpected, or not what it should be; none when all is well."""
-    tensors = checkpoint.tensors
+    both = [name for name in expected if name in tensors]
     kinds = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
         "of another shape": [
-            f"{name}: {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in tensors and tensors[name].shape != tensor.shape
+            f"{name}: {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in both
+            if tensors[name].shape != expected[name].shape
         ],
-        "not floating-point": [
-            name for name in expected if name in tensors and not tensors[name].dtype.is_floating_point
-        ],
+        "not floating-point": [name for name in both if not tensors[name].dtype.is_floating_point],
     }
     found = [f"{len(names)} {kind} ({_listed(names)})" for kind, names in kinds.items() if names]
-    return [f"{checkpoint.label} does not hold the {what} of this configuration: {'; '.join(found)}."] if found else []
+    return [f"{label} does not hold the {what} of this configuration: {'; '.join(found)}."] if found else []
+
+
+def _agree(stored: _Stored, table: torch.Tensor, *, rtol: float, atol: float) -> bool:
+    """Whether a stored table is `table`, but for rounding to its dtype."""
+    rounding = torch.finfo(stored.dtype).eps
+    return torch.allclose(stored.read().float(), table, rtol=max(rtol, rounding), atol=atol)
 
 
 def _listed(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _check_tables(network: _Checkpoint, tables: Mapping[str, torch.Tensor], scheduler: ADScheduler) -> None:
-    for name, table in tables.items():
-        if not torch.allclose(network.tensors[name].read().float(), table, rtol=1e-5, atol=1e-5):
-            raise ValueError(f"{network.label} has another {name} than the configuration gives.")
-    alphas = network.tensors["diffusion_model.alphas_cumprod"].read().float()
-    if not torch.allclose(alphas, scheduler.alphas_cumprod, rtol=1e-3, atol=0):
-        raise ValueError(
-            f"{network.label} was made with another noise schedule: its alphas_cumprod ends at {alphas[-1]:.4g} instead of "
-            f"{scheduler.alphas_cumprod[-1]:.4g}; `config` must give the scheduler's betas, and what else differs in such a "
-            "model."
-        )
-
-
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, tensors: Mapping[str, _Stored], bar: tqdm) -> None:
+def _write(
+    folder: Path, pipeline: OriginalARDiffPipeline, weights: Mapping[str, Mapping[str, _Stored]], progress: bool
+) -> None:
+    pipeline.save_config(folder)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    total = sum(stored.num_bytes for tensors in weights.values() for stored in tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        for name, tensors in weights.items():
+            bar.set_description(name)
+            getattr(pipeline, name).save_config(folder / name)
+            _write_weights(folder / name, tensors, bar)
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, _Stored], bar: tqdm) -> None:
     """Weights as diffusers lays them out, one shard in memory at a time."""
     shells = {name: torch.empty(stored.shape, dtype=stored.dtype, device="meta") for name, stored in tensors.items()}
     split = split_torch_state_dict_into_shards(
