@@ -244,7 +244,6 @@ class OriginalARDiffPipeline(ARDiffPipeline):
 
     def _guided_network(self, inputs: _Inputs, guidance_scale: float) -> Predict:
         transformer, labels = self.transformer, inputs.labels
-        labels = None if labels is None else labels.to(self._execution_device)
         # With classes, no label is the very context that guidance leads away from.
         guided = guidance_scale != 1.0 and (labels is not None or not self.class_names)
         context = transformer.conditional_context(labels, inputs.batch_size)

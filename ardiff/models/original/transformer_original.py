@@ -182,7 +182,6 @@ class OriginalTransformerModel(ModelMixin, ConfigMixin):
 
     _no_split_modules = ["OriginalBlock"]
     _repeated_blocks = ["OriginalBlock"]
-    supports_frame_cache = False
 
     @register_to_config
     def __init__(
@@ -238,7 +237,9 @@ class OriginalTransformerModel(ModelMixin, ConfigMixin):
             if class_labels is not None:
                 raise ValueError("`class_labels` must be None: this model has no classes.")
             return self.context_emb.expand(batch_size, -1, -1)
-        return self.class_emb[:1].expand(batch_size, -1, -1) if class_labels is None else self.class_emb[class_labels]
+        if class_labels is None:
+            return self.class_emb[:1].expand(batch_size, -1, -1)
+        return self.class_emb[class_labels.to(self.class_emb.device)]
 
     def unconditional_context(self, batch_size: int) -> torch.Tensor:
         """What guidance leads away from, (B, K, context width): class 0, or zeros in a model without classes."""
