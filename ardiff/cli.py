@@ -5,6 +5,7 @@ torch and everything built on it are imported by the verb that runs, so that `ar
 
 import argparse
 import dataclasses
+import json
 import secrets
 import sys
 import time
@@ -299,6 +300,34 @@ def given_options(args: argparse.Namespace, config_class: type) -> dict[str, typ
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
+# --- convert ----------------------------------------------------------------------------------------------------
+
+
+def add_convert_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a Hub id, a folder, or the transformer's file")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="model folder to write")
+    parser.add_argument(
+        "--dataset", choices=("sky", "taichi", "ucf", "face"), help="which of several models; default: the only one"
+    )
+    parser.add_argument(
+        "--vae", type=Path, metavar="FILE", help="the autoencoder; default: within or beside the transformer"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="JSON",
+        help="what differs from the published configuration, by component: "
+        '{"transformer": {"merge_mode": "separate_norm"}}; default: nothing',
+    )
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from ardiff.convert import convert
+
+    config = None if args.config is None else json.loads(args.config.read_text(encoding="utf-8"))
+    print(convert(args.source, args.out, args.dataset, args.vae, config=config, progress=True))
+
+
 # --- evaluate, scenes, demo -------------------------------------------------------------------------------------
 
 
@@ -393,6 +422,11 @@ VERBS = {
     ),
     "train": Verb(
         help="train the transformer on an autoencoder's tokens", add_options=add_diffusion_options, run=run_train
+    ),
+    "convert": Verb(
+        help="turn the authors' published weights into a model folder",
+        add_options=add_convert_options,
+        run=run_convert,
     ),
     "evaluate": Verb(help="measure a model on held-out scenes", add_options=add_evaluate_options, run=run_evaluate),
     "scenes": Verb(help="write a contact sheet of the scenes", add_options=add_scenes_options, run=run_scenes),

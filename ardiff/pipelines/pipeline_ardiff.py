@@ -39,6 +39,7 @@ class _Inputs:
     labels: torch.Tensor | None  # (B,) int64
     schedule: torch.Tensor  # (R, F)
     scheduler: ADScheduler  # this run's own: runs with other numbers of steps may be under way
+    num_inference_steps: int  # as asked for
     batch_size: int
     num_prompt_frames: int
 
@@ -51,6 +52,7 @@ class _Iteration:
     latents: torch.Tensor
     guess: torch.Tensor
     frame_evaluations: int
+    num_finished: int  # so many first frames have their last value
 
 
 class ARDiffPipeline(DiffusionPipeline):
@@ -63,6 +65,7 @@ class ARDiffPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "vae->transformer"
+    supports_frame_cache = True
 
     def __init__(self, vae: AutoencoderARVAE, transformer: ARDiffTransformerModel, scheduler: ADScheduler) -> None:
         super().__init__()
@@ -86,6 +89,10 @@ class ARDiffPipeline(DiffusionPipeline):
             path = snapshot_download(
                 str(pretrained_model_name_or_path), allow_patterns=["*.json", "*.safetensors"], **hub
             )
+        if cls is ARDiffPipeline and cls.load_config(str(path)).get("_class_name") == "OriginalARDiffPipeline":
+            from ardiff.pipelines.pipeline_original import OriginalARDiffPipeline
+
+            return OriginalARDiffPipeline.from_pretrained(path, **kwargs)
         return super().from_pretrained(str(path), **kwargs)
 
     @property
@@ -135,10 +142,7 @@ class ARDiffPipeline(DiffusionPipeline):
             )
         if not 1.0 <= guidance_scale <= 20.0:
             raise ValueError(f"`guidance_scale` must be in [1, 20] but is {guidance_scale}.")
-        schedule = ad_schedule(num_frames, num_inference_steps, ar_step, num_prompt_frames=num_prompt_frames)
-        check_window(schedule, self.transformer.config.window, num_prompt_frames=num_prompt_frames)
-        scheduler = ADScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps)
+        schedule, scheduler = self._plan(num_frames, num_inference_steps, ar_step, num_prompt_frames)
         return _Inputs(
             prompts=None if prompts is None else prompts.expand(batch_size, -1, -1, -1, -1),
             labels=None
@@ -146,9 +150,20 @@ class ARDiffPipeline(DiffusionPipeline):
             else torch.tensor([self._class_index(label) for label in class_labels]),
             schedule=schedule,
             scheduler=scheduler,
+            num_inference_steps=num_inference_steps,
             batch_size=batch_size,
             num_prompt_frames=num_prompt_frames,
         )
+
+    def _plan(
+        self, num_frames: int, num_inference_steps: int, ar_step: int | Sequence[int], num_prompt_frames: int
+    ) -> tuple[torch.Tensor, ADScheduler]:
+        """The AD schedule of a run and a scheduler of its own."""
+        schedule = ad_schedule(num_frames, num_inference_steps, ar_step, num_prompt_frames=num_prompt_frames)
+        check_window(schedule, self.transformer.config.window, num_prompt_frames=num_prompt_frames)
+        scheduler = ADScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps)
+        return schedule, scheduler
 
     def _class_index(self, label: str | int) -> int:
         if isinstance(label, str) and label in self.class_names:
@@ -205,9 +220,10 @@ class ARDiffPipeline(DiffusionPipeline):
         return latents
 
     def _denoise(
-        self, inputs: _Inputs, latents: torch.Tensor, guidance_scale: float, use_cache: bool
+        self, inputs: _Inputs, latents: torch.Tensor, guidance_scale: float, use_cache: bool | None
     ) -> Iterator[_Iteration]:
         """Run the plan; yields after every iteration. The plan is read as Python ints: nothing waits for the device."""
+        use_cache = use_cache is not False
         device, scheduler, num_steps = latents.device, inputs.scheduler, inputs.scheduler.num_inference_steps
         guided = guidance_scale != 1.0 and inputs.labels is not None
         labels = None if inputs.labels is None else inputs.labels.to(device)
@@ -240,7 +256,7 @@ class ARDiffPipeline(DiffusionPipeline):
             guess = torch.cat([latents[:, :start], result.pred_original_sample, latents[:, stop:]], dim=1)
             latents = torch.cat([latents[:, :start], result.prev_sample, latents[:, stop:]], dim=1)
             before = after
-            yield _Iteration(row, latents, guess, stop - first)
+            yield _Iteration(row, latents, guess, stop - first, int((after == num_steps).sum()))
 
     @torch.no_grad()
     def stream(
@@ -252,7 +268,7 @@ class ARDiffPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        use_cache: bool = True,
+        use_cache: bool | None = None,
     ) -> Iterator[ARDiffStep]:
         """Generate a video and yield after every iteration. Closing the generator stops the run and frees its memory.
 
@@ -266,7 +282,8 @@ class ARDiffPipeline(DiffusionPipeline):
             num_inference_steps: denoising steps per frame, in [1, 1000].
             guidance_scale: in [1, 20]; above 1 the class is followed more closely at twice the cost. Needs `class_labels`.
             generator: source of the noise; a list has one per video. None = torch's global generator.
-            use_cache: False evaluates all frames again in every iteration: same result to rounding, far slower.
+            use_cache: False evaluates all frames again in every iteration: same result to rounding, far slower. None =
+                True where the pipeline `supports_frame_cache`.
 
         Raises:
             ValueError: see `check_inputs`; also when more frames would be in flight than the model's window holds.
@@ -280,13 +297,12 @@ class ARDiffPipeline(DiffusionPipeline):
             decoder_cache, num_decoded = DecoderCache(), 0
             for state in self._denoise(inputs, latents, guidance_scale, use_cache):
                 step_index = inputs.schedule[state.row]
-                num_finished = int((step_index == num_inference_steps).sum())
                 finished = []
-                if num_finished > num_decoded:
-                    tokens = state.latents[:, num_decoded:num_finished].to(self.vae.dtype)
+                if state.num_finished > num_decoded:
+                    tokens = state.latents[:, num_decoded : state.num_finished].to(self.vae.dtype)
                     frames = to_uint8(self.vae.decode(tokens, decoder_cache)).cpu().numpy()
                     finished = [(num_decoded + i, _squeeze(frames[:, i])) for i in range(frames.shape[1])]
-                    num_decoded = num_finished
+                    num_decoded = state.num_finished
                 yield ARDiffStep(
                     iteration=state.row + 1,
                     num_iterations=len(inputs.schedule),
@@ -299,6 +315,10 @@ class ARDiffPipeline(DiffusionPipeline):
         finally:
             self.maybe_free_model_hooks()
 
+    def _first_frame_behind(self, frame: int) -> int:
+        """The earliest frame that the decoder looks at for `frame`."""
+        return max(frame - self.vae.config.temporal_window + 1, 0)
+
     @torch.no_grad()
     def _decode_frames(self, latents: torch.Tensor, frames: Sequence[int]) -> list[np.ndarray]:
         """Decode some frames of a clip in one batch, each with the earlier frames that the decoder looks at."""
@@ -307,7 +327,7 @@ class ARDiffPipeline(DiffusionPipeline):
             raise ValueError(f"`frames` must be frame indices in [0, {num_frames - 1}] but are {list(frames)}.")
         if not frames:
             return []
-        first = max(min(frames) - self.vae.config.temporal_window + 1, 0)
+        first = self._first_frame_behind(min(frames))
         decoded = to_uint8(self.vae.decode(latents[:, first : max(frames) + 1].to(self.vae.dtype))).cpu().numpy()
         return [_squeeze(decoded[:, frame - first]) for frame in frames]
 
@@ -321,7 +341,7 @@ class ARDiffPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        use_cache: bool = True,
+        use_cache: bool | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ARDiffPipelineOutput | tuple:
