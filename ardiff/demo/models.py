@@ -59,6 +59,29 @@ class LoadedModel:
     def device(self) -> str:
         return str(self.pipeline.device)
 
+    @property
+    def whole_window(self) -> bool:
+        """Whether every call evaluates the whole window, because what is finished cannot be cached."""
+        return not self.pipeline.supports_frame_cache
+
+    def evaluations(self, plan: np.ndarray) -> np.ndarray:
+        """Frames that each call of a plan (R, F) evaluates, (R,); prompt frames count once, where they are committed."""
+        if self.whole_window:
+            return np.full(len(plan), self.window)
+        before = np.concatenate([np.zeros_like(plan[:1]), plan[:-1]])
+        return (plan > before).sum(axis=1)
+
+    def facts(self) -> dict[str, float]:
+        """What the browser needs to judge a plan: what the model can do, and its seconds per call and frame evaluation."""
+        return {
+            "window": self.window,
+            "shortest": self.pipeline.min_frames,
+            "whole_window": self.whole_window,
+            "always_guided": self.pipeline.is_guided(2.0, False),
+            "call": self.cost.call,
+            "frame": self.cost.frame,
+        }
+
 
 class ModelMenu:
     """Models by name, the first one being what a visitor starts with.

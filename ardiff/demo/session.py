@@ -142,6 +142,11 @@ class Session:
         request = replace(request, model=model.name)
         if request.scene is not None and request.scene not in model.scenes:
             raise ValueError(f"The scene (`scene`) must be one of {', '.join(model.scenes)}, got {request.scene!r}.")
+        if request.num_frames < model.pipeline.min_frames:
+            raise ValueError(
+                f"The length (`num_frames`) must be at least {model.pipeline.min_frames} with this model, "
+                f"got {request.num_frames}."
+            )
         check_window(self._plan(request), model.window, num_prompt_frames=request.num_prompt_frames)
         earlier = None if request.continues is None else self._kept(request.continues)
         run_id = uuid.uuid4().hex
@@ -336,7 +341,7 @@ class Session:
     def _generate(self, run: _Run) -> float:
         # Asked for again: the model may have left memory while the run waited.
         request, model = run.request, self.models.get(run.request.model)
-        pace, ahead = _PreviewPace(model.cost), self._seconds_ahead(request, model.cost)
+        pace, ahead = _PreviewPace(model.cost), self._seconds_ahead(request, model)
         started, ticked = time.monotonic(), float("-inf")
         stream = model.pipeline.stream(**self.arguments(request))
         try:
@@ -392,14 +397,10 @@ class Session:
             num_prompt_frames=request.num_prompt_frames,
         )
 
-    def _seconds_ahead(self, request: GenerationRequest, cost: Cost) -> np.ndarray:
+    def _seconds_ahead(self, request: GenerationRequest, model: LoadedModel) -> np.ndarray:
         """(R + 1,) expected seconds from after each iteration to the end; entry 0 is the whole run."""
-        plan = self._plan(request).numpy()
-        before = np.concatenate([np.zeros_like(plan[:1]), plan[:-1]])
-        # Prompt frames count once, in the first iteration, where they are committed.
-        evaluations = (plan > before).sum(axis=1)
-        guided = request.scene is not None and request.guidance_scale > 1
-        rows = [cost.seconds(1, count, guided) for count in evaluations]
+        guided = model.pipeline.is_guided(request.guidance_scale, request.scene is not None)
+        rows = [model.cost.seconds(1, count, guided) for count in model.evaluations(self._plan(request).numpy())]
         return np.append(np.cumsum(rows[::-1])[::-1], 0.0)
 
     def _time_left(self, ahead: np.ndarray, iteration: int, elapsed: float) -> float:
@@ -410,6 +411,14 @@ class Session:
 
     def _measure(self, model: LoadedModel) -> None:
         """Time a few calls at two lengths: their difference separates the price of a call from that of a frame."""
+        if model.whole_window:
+            # Calls are all alike, and dear: one tells everything.
+            request = GenerationRequest(num_frames=model.window, guidance_scale=1.0)
+            stream, begun = model.pipeline.stream(**self.arguments(request)), time.monotonic()
+            next(stream)
+            stream.close()
+            model.cost.call, model.cost.frame = 0.0, (time.monotonic() - begun) / model.window
+            return
         scene = next(iter(model.scenes), None)
         medians = []
         for num_frames in (4, 12):

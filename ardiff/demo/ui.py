@@ -117,7 +117,7 @@ class Studio:
         except ValueError as error:
             yield self._outputs(idle_value("Please change something", plain(error), "failed"), seed=seed)
             return
-        facts = self.facts(self.session.models.get(requests[0][1].model))
+        facts = self.session.models.get(requests[0][1].model).facts()
         for row, (name, request) in enumerate(requests):
             events = runs.pop() if runs else self.session.run(request)
             last = row == len(requests) - 1
@@ -171,13 +171,9 @@ class Studio:
             gr.update(visible=over and kept),
         )
 
-    def facts(self, model: LoadedModel) -> dict[str, float]:
-        """What the browser needs to judge a plan: the window and the measured seconds per call and per frame evaluation."""
-        return {"window": model.window, "call": model.cost.call, "frame": model.cost.frame}
-
     def about(self, model: LoadedModel) -> tuple[str, dict[str, Any]]:
         """What the page says of a model. Outputs: head, plan."""
-        plan = {"model": self.facts(model), "presets": [preset.gap for preset in GAP_PRESETS]}
+        plan = {"model": model.facts(), "presets": [preset.gap for preset in GAP_PRESETS]}
         return header(self.session, model), plan
 
     def choose_model(
@@ -216,7 +212,7 @@ class Studio:
             recovered = self.session.recover(run_id)
         except ValueError as error:
             return idle_value("That run is gone", plain(error), "failed"), gr.skip(), gr.skip()
-        facts = self.facts(self.session.models.get(recovered.request.model))
+        facts = self.session.models.get(recovered.request.model).facts()
         view = RunView(recovered.request, facts, row=gap_words(recovered.request.ar_step))
         view.run_id = run_id
         view.show_again(recovered.frames)
@@ -398,9 +394,10 @@ def slider(name: str, low: float, high: float, value: float, label: str, step: f
 
 def header(session: Session, model: LoadedModel) -> str:
     """The page's head, made anew for every visitor: memory comes and goes."""
+    note = " &middot; no frame cache" if model.whole_window else ""
     return (
         f'<header class="ar-header"><h1>ardiff<span>.</span>studio</h1><p>{TEXT["tagline"]}</p>'
-        f'<span class="ar-chip">{escape(model.name)} &middot; {model.image_size} px &middot; '
+        f'<span class="ar-chip">{escape(model.name)} &middot; {model.image_size} px{note} &middot; '
         f"{escape(model.device)}, {session.memory(model)}</span></header>"
     )
 

@@ -101,6 +101,15 @@ class ARDiffPipeline(DiffusionPipeline):
         return self.vae.config.image_size
 
     @property
+    def min_frames(self) -> int:
+        """Fewest frames that a video of this model can have."""
+        return 1
+
+    def is_guided(self, guidance_scale: float, has_class: bool) -> bool:
+        """Whether a run evaluates everything twice, with its condition and without."""
+        return guidance_scale != 1.0 and has_class
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.transformer.config.class_names)
 
@@ -225,7 +234,7 @@ class ARDiffPipeline(DiffusionPipeline):
         """Run the plan; yields after every iteration. The plan is read as Python ints: nothing waits for the device."""
         use_cache = use_cache is not False
         device, scheduler, num_steps = latents.device, inputs.scheduler, inputs.scheduler.num_inference_steps
-        guided = guidance_scale != 1.0 and inputs.labels is not None
+        guided = self.is_guided(guidance_scale, inputs.labels is not None)
         labels = None if inputs.labels is None else inputs.labels.to(device)
         if guided:
             labels = torch.cat([torch.full_like(labels, self.transformer.null_class), labels])

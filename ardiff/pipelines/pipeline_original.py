@@ -208,6 +208,14 @@ class OriginalARDiffPipeline(ARDiffPipeline):
         super().__init__(vae, transformer, scheduler)
         self.register_to_config(compat=compat)
 
+    @property
+    def min_frames(self) -> int:
+        return self.transformer.config.window
+
+    def is_guided(self, guidance_scale: float, has_class: bool) -> bool:
+        # With classes, no label is the very context that guidance leads away from.
+        return guidance_scale != 1.0 and (has_class or not self.class_names)
+
     def _plan(
         self, num_frames: int, num_inference_steps: int, ar_step: int | Sequence[int], num_prompt_frames: int
     ) -> tuple[torch.Tensor, ADScheduler]:
@@ -224,7 +232,7 @@ class OriginalARDiffPipeline(ARDiffPipeline):
                 ADScheduler.from_config(self.scheduler.config),
             )
             scheduler.set_timesteps(num_steps)
-        if num_frames < window:
+        if num_frames < self.min_frames:
             raise ValueError(f"`num_frames` must be at least {window}, the window of this model, but is {num_frames}.")
         return schedule, scheduler
 
@@ -244,8 +252,7 @@ class OriginalARDiffPipeline(ARDiffPipeline):
 
     def _guided_network(self, inputs: _Inputs, guidance_scale: float) -> Predict:
         transformer, labels = self.transformer, inputs.labels
-        # With classes, no label is the very context that guidance leads away from.
-        guided = guidance_scale != 1.0 and (labels is not None or not self.class_names)
+        guided = self.is_guided(guidance_scale, labels is not None)
         context = transformer.conditional_context(labels, inputs.batch_size)
         if guided:
             context = torch.cat([transformer.unconditional_context(inputs.batch_size), context])

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from studio_page import clear_files, command, press, settle, shown_frames, visit, wait_for_run
 from studio_page import serve as serve_page
+from tiny_original import WINDOW, build
 
-from ardiff import ADScheduler, ARDiffPipeline, ARDiffTransformerModel, AutoencoderARVAE
+from ardiff import ADScheduler, ARDiffPipeline, ARDiffTransformerModel, AutoencoderARVAE, ad_schedule
 from ardiff.demo.models import LOADED_MODELS, ModelMenu
 from ardiff.demo.presets import Failed, Finished, FrameReady, GenerationRequest, read_settings
 from ardiff.demo.session import Session
@@ -129,6 +130,59 @@ def test_a_run_uses_the_model_it_asks_for(tiny_pipeline, other_pipeline):
         session.continuation(last.run_id, GenerationRequest(**SMALL))
     again = session.continuation(last.run_id, GenerationRequest(model="other", **SMALL))
     assert isinstance(finish(session, again)[0], Finished)
+    session.close()
+
+
+def test_a_model_without_a_frame_cache_says_so_and_what_it_costs(browser, tiny_pipeline):
+    pipeline = build(class_names=["ApplyEyeMakeup", "YoYo"])
+    with serve_page(pipeline, cached=tiny_pipeline) as site, visit(browser, site, query="?scene=YoYo&seed=7") as page:
+        assert "8 px · no frame cache" in page.locator("header").inner_text()
+        settle(page, length=4, steps=10, gap=10, seed=7)
+        first = site.session.first
+        plan = ad_schedule(4, 10, 10).numpy()
+        assert first.evaluations(plan).sum() == 40 * WINDOW
+        assert site.session.models.get("cached").evaluations(plan).sum() == 40
+        # The page's estimate is the session's.
+        first.cost.call, first.cost.frame = 0.0, 60 * 7 / (40 * WINDOW * 2)
+        page.reload()
+        settle(page, length=4, steps=10, gap=10, seed=7)
+        page.locator(".ar-sentence", has_text="about 7 min on this device").wait_for()
+        request = GenerationRequest(scene="YoYo", num_frames=4, num_inference_steps=10, ar_step=10)
+        assert site.session._seconds_ahead(request, first)[0] == pytest.approx(60 * 7)
+        press(page, "Generate")
+        wait_for_run(page)
+        frames = frames_of(
+            pipeline,
+            class_labels=["YoYo"],
+            num_frames=4,
+            ar_step=10,
+            num_inference_steps=10,
+            guidance_scale=2.0,
+            seed=7,
+        )
+        np.testing.assert_array_equal(shown_frames(page), frames)
+
+
+def test_a_video_shorter_than_the_window_is_refused_where_it_must_be():
+    pipeline = build()
+    pipeline.transformer.register_to_config(window=6)
+    session = Session({"published": lambda: pipeline}, warm_up=False)
+    with pytest.raises(ValueError, match="must be at least 6 with this model, got 5"):
+        session.run(GenerationRequest(**SMALL))
+    # Without classes, guidance leads away from an empty context: every call counts twice.
+    request = GenerationRequest(num_frames=6, num_inference_steps=6, ar_step=6)
+    session.first.cost.call, session.first.cost.frame = 0.0, 1.0
+    assert session._seconds_ahead(request, session.first)[0] == 36 * 6 * 2
+    session.close()
+
+
+def test_speed_of_a_model_without_a_frame_cache_is_measured():
+    session = Session({"published": build})
+    begun = time.monotonic()
+    while session.first.cost.call:
+        assert time.monotonic() < begun + 20
+        time.sleep(0.01)
+    assert 0 < session.first.cost.frame < 1
     session.close()
 
 

@@ -364,7 +364,7 @@ def test_speed_is_measured_and_learned(tiny_pipeline):
     request = GenerationRequest(**SMALL)
     list(session.run(request))
     # Rough on purpose: other programs share the machine.
-    assert 0.05 < session._seconds_ahead(request, session.first.cost)[0] / list(session.run(request))[-1].seconds < 20
+    assert 0.05 < session._seconds_ahead(request, session.first)[0] / list(session.run(request))[-1].seconds < 20
     session.close()
 
 

@@ -54,6 +54,8 @@ function profileGaps(profile, gap, chunk, fresh, steps) {
   return gap;
 }
 
+const LONG_SECONDS = 300;
+
 function duration(seconds) {
   if (seconds < 1) return "under a second";
   if (seconds < 90) return "about " + Math.round(seconds) + " s";
@@ -61,9 +63,10 @@ function duration(seconds) {
 }
 
 /* Why the model cannot run a plan, in a sentence; "" when it can. */
-function planProblem(plan, window) {
+function planProblem(plan, model) {
   if (plan.fresh < 1) return "The length must be larger than the " + plan.prompts + " prompt frames.";
-  const most = planCounts(plan).maxInFlight;
+  if (plan.frames < model.shortest) return "With this model a video has at least " + model.shortest + " frames.";
+  const most = planCounts(plan).maxInFlight, window = model.window;
   if (most <= window) return "";
   return "This puts " + most + " frames in flight and the model sees " + window + ": " + (Array.isArray(plan.gap)
     ? "larger gaps are needed." : "choose a gap of at least " + smallestGap(window, plan.steps) + ".");
@@ -71,15 +74,16 @@ function planProblem(plan, window) {
 
 /* The plan in one sentence; `ok` is false when the model cannot run it. */
 function planSentence(plan, guided, model) {
-  const problem = planProblem(plan, model.window);
+  const problem = planProblem(plan, model);
   if (problem) return { ok: false, text: problem };
   const counts = planCounts(plan);
-  const seconds = counts.iterations * model.call + counts.frameEvaluations * model.frame * (guided ? 2 : 1);
+  const evaluations = model.whole_window ? counts.iterations * model.window : counts.frameEvaluations;
+  const seconds = counts.iterations * model.call + evaluations * model.frame * (guided ? 2 : 1);
   const flight = counts.maxInFlight === 1 ? "one frame in flight" : "at most " + counts.maxInFlight + " frames in flight";
   return {
     ok: true,
     text: counts.iterations + " model calls, first new frame after call " + counts.firstFrameIteration + ", " + flight +
-      ", " + duration(seconds) + ".",
+      ", " + duration(seconds) + (seconds > LONG_SECONDS ? " on this device: fewer steps or frames take less." : "."),
   };
 }
 
@@ -357,7 +361,7 @@ class PlanView {
   draw() {
     const c = studio.controls;
     if (!c || !this.root.isConnected) return;
-    const plan = this.plan, told = planSentence(plan, c.guided && c.guidance > 1, studio.model);
+    const plan = this.plan, told = planSentence(plan, (c.guided || studio.model.always_guided) && c.guidance > 1, studio.model);
     this.sentence.textContent = this.refusal || told.text;
     this.root.querySelector(".ar-plan").classList.toggle("ar-bad", !told.ok || Boolean(this.refusal));
     this.root.querySelector(".ar-high").textContent = c.steps + ": one after another";
@@ -399,7 +403,7 @@ class PlanView {
     else if (gap > c.steps) this.refusal = "The largest gap is the number of steps, " + c.steps + ": the frame before is clean by then.";
     else {
       gaps[index - 1] = gap;
-      this.refusal = planProblem(makePlan(c.frames, c.steps, gaps, c.prompts), studio.model.window);
+      this.refusal = planProblem(makePlan(c.frames, c.steps, gaps, c.prompts), studio.model);
     }
     const refusal = this.refusal;
     if (!refusal) {
