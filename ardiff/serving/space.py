@@ -88,6 +88,9 @@ BUSY_STAGES = (
     SpaceStage.RUNNING_APP_STARTING,
 )
 GOOD_STAGES = (SpaceStage.RUNNING, "SLEEPING")
+POLL_SECONDS = 5.0
+"""Between two looks at a Space that is being built."""
+
 SETTLE_SECONDS = 20.0
 """How long a stage must last to count as that of what was just uploaded, where the Hub does not say which commit runs."""
 
@@ -282,7 +285,10 @@ class Plan:
             ("variables", [f"{name}={value}" for name, value in space.variables.items()]),
             ("secrets", secrets),
             ("volumes", [volume.to_uri() for volume in space.volumes]),
-            ("card", [f"{key}: {value}" for key, value in self.description.card.items()]),
+            (
+                "card",
+                [f"{key}: {', '.join(v) if isinstance(v, list) else v}" for key, v in self.description.card.items()],
+            ),
             ("upload", [f"{len(sizes)} files, {_bytes(sum(sizes.values()))}"]),
             ("", [f"{path} ({_bytes(size)})" for path, size in sizes.items()]),
             ("delete", [f"{pattern} of the Space, where not uploaded" for pattern in upload.delete]),
@@ -545,8 +551,6 @@ def deploy(
     dry_run: bool = False,
     prune: bool = False,
     update_secrets: bool = False,
-    poll_seconds: float = 5.0,
-    settle_seconds: float = SETTLE_SECONDS,
 ) -> None:
     """Create the Space, or change what differs, and wait until it runs. Asked twice, the second time changes nothing.
 
@@ -559,8 +563,6 @@ def deploy(
         dry_run: tell the plan and end: no network, no token.
         prune: delete variables, secrets and volumes that spaces.yaml does not name.
         update_secrets: send secrets again that the Space has already; their values cannot be compared.
-        poll_seconds: between two looks at the Space.
-        settle_seconds: how long a stage must last, where the Hub does not say that it is the uploaded commit's.
 
     Raises:
         ValueError: what was given is wrong; nothing was touched.
@@ -588,10 +590,8 @@ def deploy(
             change.apply()
     if not changes:
         say("nothing differs: nothing was changed")
-    uploaded = state is None or any(change.apply.func == api.create_commit for change in changes)
-    _wait(
-        plan, api, say, uploaded=uploaded, poll_seconds=poll_seconds, settle_seconds=settle_seconds if changes else 0.0
-    )
+    uploaded = any(change.apply.func == api.create_commit for change in changes)
+    _wait(plan, api, say, uploaded=uploaded, settle_seconds=SETTLE_SECONDS if changes else 0.0)
 
 
 def check_token(api: HfApi) -> None:
@@ -604,9 +604,7 @@ def check_token(api: HfApi) -> None:
         raise ValueError("The token of the Hub must be one that may write but may only read.")
 
 
-def _wait(
-    plan: Plan, api: HfApi, say: Callable[[str], None], *, uploaded: bool, poll_seconds: float, settle_seconds: float
-) -> None:
+def _wait(plan: Plan, api: HfApi, say: Callable[[str], None], *, uploaded: bool, settle_seconds: float) -> None:
     """Tell each stage until the Space runs what it should. Raises DeployError, after the last lines of the log, if it fails.
 
     The Hub answers with the stage of before for a moment: a stage counts when it is that of the uploaded commit, or has lasted.
@@ -627,7 +625,7 @@ def _wait(
                 break
             if now > stop_at:
                 raise DeployError(f"{repo_id} is still in stage {stage} after {limit} s (`space.wait_seconds`).")
-            time.sleep(poll_seconds)
+            time.sleep(POLL_SECONDS)
     url = f"{api.endpoint}/spaces/{repo_id}"
     if stage in GOOD_STAGES or limit == 0:
         say(f"{url} is {stage}")
