@@ -64,9 +64,11 @@ CARD_KEYS: dict[str, type] = {
     **dict.fromkeys(
         ("title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "python_version", "app_file"), str
     ),
-    **dict.fromkeys(("base_path", "header", "hf_oauth_authorized_org", "license", "short_description"), str),
+    **dict.fromkeys(("base_path", "header", "license", "short_description"), str),
     **dict.fromkeys(("startup_duration_timeout", "suggested_hardware", "thumbnail"), str),
-    **dict.fromkeys(("datasets", "hf_oauth_scopes", "models", "preload_from_hub", "tags"), list),
+    **dict.fromkeys(
+        ("datasets", "hf_oauth_authorized_org", "hf_oauth_scopes", "models", "preload_from_hub", "tags"), list
+    ),
     **dict.fromkeys(("disable_embedding", "fullWidth", "hf_oauth", "pinned"), bool),
     "custom_headers": dict,
     "hf_oauth_expiration_minutes": int,
@@ -499,7 +501,12 @@ def _secret_values(plan: Plan, names: list[str]) -> dict[str, str]:
 def _volume_key(volume: Volume) -> tuple[Any, ...]:
     """What two volumes that are the same have in common: the Hub fills in what was left out."""
     given = asdict(volume)
-    return tuple({**given, "revision": given["revision"] or "main", "read_only": bool(given["read_only"])}.items())
+    filled = {
+        "revision": given["revision"] or "main",
+        "read_only": bool(given["read_only"]),
+        "path": given["path"] or None,
+    }
+    return tuple((given | filled).items())
 
 
 def _upload(plan: Plan, api: HfApi, remote: dict[str, RepoFile], head: str | None) -> list[Change]:

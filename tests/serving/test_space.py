@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -482,8 +483,10 @@ def test_the_stage_of_before_is_not_believed(folder, hub, api, monkeypatch):
 def test_waiting_ends(folder, hub, api):
     change_yaml(folder, "space", wait_seconds=1)
     hub.script = ["BUILDING"]
+    started = time.monotonic()
     with pytest.raises(DeployError, match="still in stage BUILDING after 1 s"):
         run(folder, api)
+    assert 1.0 <= time.monotonic() - started < 5.0
 
 
 def test_no_wait(folder, hub, api):
@@ -512,6 +515,14 @@ def test_header_is_written_once_and_read_back(folder):
     (folder / "README.md").write_text(body, encoding="utf-8")
     assert write_header(folder)
     assert (folder / "README.md").read_text(encoding="utf-8") == text
+
+
+def test_the_command_writes_the_header(folder, capsys):
+    change_yaml(folder, "card", title="another")
+    for told in ("header written", "nothing to change"):
+        assert cli.main(["deploy", "--write-header", "--folder", str(folder)]) == 0
+        assert told in capsys.readouterr().out
+    assert "title: another\n" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_command_deploys_this_repository(hub, monkeypatch, capsys):
