@@ -19,7 +19,6 @@ A megabyte is 2**20 bytes. Nothing but the standard library is imported here.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -42,7 +41,7 @@ def _kind(field: dataclasses.Field) -> str:
 
 def _check_number(field: dataclasses.Field, value: Any) -> None:
     low, high = field.metadata["low"], field.metadata["high"]
-    right = isinstance(value, int) if field.type == "int" else isinstance(value, int | float) and math.isfinite(value)
+    right = isinstance(value, int) if field.type == "int" else isinstance(value, int | float)
     if not right or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(
             f"`{field.name}` ({field.metadata['help']}) must be {_kind(field)} from {low:g} to {high:g} but is {value!r}."

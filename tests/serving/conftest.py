@@ -83,6 +83,7 @@ class FakeHub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.writes: list[str] = []
         self.failures: list[tuple[str, Refusal]] = []
+        self.lost: list[str] = []
         self.before_commit = None
 
     @property
@@ -92,6 +93,10 @@ class FakeHub(ThreadingHTTPServer):
     def fail(self, request: str, status: int, message: str) -> None:
         """Refuse the next request that starts so, as "POST /api/repos/create", before it does anything."""
         self.failures.append((request, Refusal(status, message)))
+
+    def lose_answer(self, request: str) -> None:
+        """Do what the next such request asks for, then close the line without an answer."""
+        self.lost.append(request)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -129,6 +134,10 @@ class Handler(BaseHTTPRequestHandler):
                 hub.writes.append(request)
                 if space is not None and call in REBUILDERS:
                     space.stages = [space.stages[-1], *hub.script]
+            if request in hub.lost:
+                hub.lost.remove(request)
+                self.close_connection = True
+                return
             self.reply(200, told)
         except Refusal as refusal:
             self.reply(refusal.status, {"error": refusal.message}, refusal)

@@ -59,7 +59,8 @@ def test_every_number_is_read_from_the_environment_within_its_range(field):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"frames": True}, "`frames` (frames of a run, prompt frames included) must be a whole number from 4"),
+        ({"samples": True}, "`samples`"),
+        ({"frames": 3}, "`frames` (frames of a run, prompt frames included) must be a whole number from 4"),
         ({"frames": 16.0}, "`frames`"),
         ({"upload_seconds": math.nan}, "`upload_seconds`"),
         ({"run_seconds": "60"}, "`run_seconds`"),

@@ -279,6 +279,25 @@ def test_a_creation_that_breaks_off_is_finished_by_a_second_run(full, hub, api, 
     assert contents(space) == expected(full) | {".gitattributes": space.files[".gitattributes"]}
 
 
+def test_a_large_file_that_is_refused_is_sent_by_a_second_run(folder, hub, api):
+    hub.fail(f"GET /api/spaces/{ID}/xet-write-token", 403, "no more room")
+    with pytest.raises(DeployError, match="Step 2 of 2"):
+        run(folder, api)
+    run(folder, api)
+    assert contents(hub.spaces[ID])["assets/weights.safetensors"] == expected(folder)["assets/weights.safetensors"]
+
+
+@pytest.mark.parametrize("step", ["/api/repos/create", f"/api/spaces/{ID}/commit/main"])
+def test_what_was_done_although_its_answer_was_lost_is_not_done_again(full, hub, api, step):
+    hub.lose_answer(f"POST {step}")
+    with pytest.raises(DeployError, match="the same command again goes on from here"):
+        run(full, api)
+    run(full, api)
+    assert settings_of(hub.spaces[ID]) == WANTED
+    assert contents(hub.spaces[ID])["app.py"] == (full / "app.py").read_bytes()
+    assert hub.writes == ["POST /api/repos/create", f"POST /api/spaces/{ID}/commit/main"]
+
+
 STEPS = ["settings", "variables", "secrets", "volumes", "hardware", "commit"]
 
 
