@@ -5,6 +5,7 @@ torch and everything built on it are imported by the verb that runs, so that `ar
 
 import argparse
 import dataclasses
+import functools
 import json
 import secrets
 import sys
@@ -413,6 +414,38 @@ def run_demo(args: argparse.Namespace) -> None:
     launch(models=args.models, device=args.device, host=args.host, port=args.port)
 
 
+# --- deploy -----------------------------------------------------------------------------------------------------
+
+
+def add_deploy_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repo-id", metavar="ID", help="the Space, an account and a name: me/ardiff")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and end; needs no network and no token")
+    parser.add_argument("--folder", type=Path, default=Path(), help="with spaces.yaml; default: where you are")
+    parser.add_argument(
+        "--prune", action="store_true", help="delete variables, secrets and volumes that spaces.yaml does not name"
+    )
+    parser.add_argument("--update-secrets", action="store_true", help="send secrets again that the Space has already")
+    parser.add_argument(
+        "--write-header", action="store_true", help="write the header of README.md from spaces.yaml and end"
+    )
+
+
+def run_deploy(args: argparse.Namespace) -> None:
+    from ardiff.serving.space import deploy, write_header
+
+    if args.write_header:
+        print(f"README.md: {'header written' if write_header(args.folder) else 'nothing to change'}")
+        return
+    deploy(
+        args.folder,
+        args.repo_id,
+        say=functools.partial(print, flush=True),
+        dry_run=args.dry_run,
+        prune=args.prune,
+        update_secrets=args.update_secrets,
+    )
+
+
 VERBS = {
     "generate": Verb(help="make a video", add_options=add_generate_options, run=run_generate),
     "train-autoencoder": Verb(
@@ -431,6 +464,7 @@ VERBS = {
     "evaluate": Verb(help="measure a model on held-out scenes", add_options=add_evaluate_options, run=run_evaluate),
     "scenes": Verb(help="write a contact sheet of the scenes", add_options=add_scenes_options, run=run_scenes),
     "demo": Verb(help="serve the studio", add_options=add_demo_options, run=run_demo),
+    "deploy": Verb(help="create or update a Space", add_options=add_deploy_options, run=run_deploy),
 }
 
 

@@ -9,15 +9,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
+
+from ardiff.serving.space import header, make_plan, read_description
 
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-SPACES = yaml.safe_load((ROOT / "spaces.yaml").read_text(encoding="utf-8"))
-COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 WEIGHT_SUFFIXES = {".bin", ".ckpt", ".h5", ".msgpack", ".npy", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth"}
 
 
@@ -78,25 +77,21 @@ def test_imports_are_requirements():
 # --- Space card -------------------------------------------------------------------------------------------------
 
 
-def test_readme_card_is_that_of_spaces_yaml():
-    card = yaml.safe_load(README.split("---\n")[1])
-    assert README.startswith("---\n")
-    assert card == SPACES["card"]
+def test_readme_header_is_that_of_spaces_yaml():
+    assert README.startswith(header(read_description(ROOT).card))
 
 
-def test_card_is_one_that_a_space_accepts():
-    card = SPACES["card"]
-    assert f"gradio=={card['sdk_version']}" in REQUIREMENTS
-    assert card["python_version"] == "3.12.12"
-    assert (ROOT / card["app_file"]).is_file()
-    assert {card["colorFrom"], card["colorTo"]} <= COLOURS
-    assert card["sdk"] == SPACES["space"]["sdk"] == "gradio"
+def test_space_is_one_that_can_be_deployed():
+    plan = make_plan(ROOT, "me/ardiff", {})
+    assert f"gradio=={plan.description.card['sdk_version']}" in REQUIREMENTS
+    assert plan.description.card["python_version"] == "3.12.12"
+    assert plan.description.card["suggested_hardware"] == plan.description.space.hardware
 
 
-def test_uploaded_paths_exist():
-    assert set(SPACES) == {"version", "space", "card", "upload"}
-    for pattern in SPACES["upload"]["allow"]:
-        assert list(ROOT.glob(pattern.removesuffix("/**"))), pattern
+def test_space_gets_no_file_that_git_ignores():
+    plan = make_plan(ROOT, "me/ardiff", {})
+    assert set(plan.files.values()) <= set(repository_files())
+    assert {path for path in repository_files() if path.is_relative_to(ROOT / "ardiff")} <= set(plan.files.values())
 
 
 # --- README -----------------------------------------------------------------------------------------------------

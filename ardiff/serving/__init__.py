@@ -1,0 +1,1 @@
+"""What runs the studio elsewhere than on a desk: the Space, the operator's limits, figures for those who watch it."""
