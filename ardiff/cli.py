@@ -5,6 +5,7 @@ torch and everything built on it are imported by the verb that runs, so that `ar
 
 import argparse
 import dataclasses
+import json
 import secrets
 import sys
 import time
@@ -16,6 +17,10 @@ from pathlib import Path
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 DTYPES = ("float32", "bfloat16", "float16")
+DATA_HELP = (
+    "a folder of videos, or KIND:FOLDER or KIND/SPLIT:FOLDER with the kinds faceforensics, sky-timelapse, taichi-hd, ucf-101, "
+    "videos, images and shards (tar files), and the splits train, val, test, all (ucf-101: train01 to test03)"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,19 +29,21 @@ class Verb:
 
     help: str
     add_options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, or 2 after one line on stderr when the input was wrong."""
+    """Run one verb and return the exit code: 0, or 2 after one line on stderr when the input was wrong.
+
+    A verb that checks something returns 1 when it found something wrong.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser(argv).parse_args(argv)
     try:
-        VERBS[args.verb].run(args)
+        return VERBS[args.verb].run(args) or 0
     except (ValueError, OSError) as error:
         print(f"ardiff: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -314,6 +321,32 @@ def given_options(args: argparse.Namespace, config_class: type) -> dict[str, typ
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def add_data_check_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("--num-frames", type=int, default=16, help="frames of a clip; default: 16")
+    parser.add_argument("--stride", type=int, default=1, help="take every n-th frame; default: 1")
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every frame, which finds damage inside files; default: headers"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON with every name; default: none")
+
+
+def run_data_check(args: argparse.Namespace) -> int:
+    if args.out is not None:
+        check_output(args.out, (".json",))
+
+    from ardiff.data.benchmarks import check_set, format_check
+
+    report = check_set(args.data, num_frames=args.num_frames, stride=args.stride, decode=args.decode)
+    print(format_check(report))
+    if args.out is not None:
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return int(bool(report["missing"] or report["damaged"]))
+
+
 # --- evaluate, scenes, demo -------------------------------------------------------------------------------------
 
 
@@ -401,6 +434,11 @@ VERBS = {
     ),
     "train": Verb(
         help="train the transformer on an autoencoder's tokens", add_options=add_diffusion_options, run=run_train
+    ),
+    "data-check": Verb(
+        help="say what a data set holds, what is missing and what is damaged",
+        add_options=add_data_check_options,
+        run=run_data_check,
     ),
     "evaluate": Verb(help="measure a model on held-out scenes", add_options=add_evaluate_options, run=run_evaluate),
     "scenes": Verb(help="write a contact sheet of the scenes", add_options=add_scenes_options, run=run_scenes),
