@@ -347,6 +347,54 @@ def run_data_check(args: argparse.Namespace) -> int:
     return int(bool(report["missing"] or report["damaged"]))
 
 
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", nargs="?", help=DATA_HELP)
+    parser.add_argument(
+        "--vae", default="runs/autoencoder/vae", help="autoencoder folder; default: runs/autoencoder/vae"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the cache is, or goes")
+    parser.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16", help="of the tokens on disk; default: float16"
+    )
+    parser.add_argument("--shard-mb", type=int, default=64, help="size of a file in MB; default: 64")
+    parser.add_argument("--batch-size", type=int, default=64, help="frames encoded at once; default: 64")
+    parser.add_argument("--device", default="auto", help="auto or a torch device; default: auto")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the files of --out with their checksums, and write nothing"
+    )
+
+
+def run_cache(args: argparse.Namespace) -> int:
+    if (args.data is None) != args.verify:
+        raise ValueError("`ardiff cache-latents` needs either DATA, to make a cache, or `--verify`, to check one.")
+    if args.verify:
+        from ardiff.data.latents import read_index, verify_cache
+
+        wrong, index = verify_cache(args.out), read_index(args.out)
+        print(
+            "\n".join(wrong)
+            or f"{args.out}: {len(index['videos'])} videos in {len(index['shards'])} files, all intact"
+        )
+        return int(bool(wrong))
+
+    import torch
+
+    from ardiff import AutoencoderARVAE
+    from ardiff.data.latents import cache_latents
+
+    hide_loading_bar()
+    vae = AutoencoderARVAE.from_pretrained(args.vae, dtype=torch.float32).eval().to(choose_device(args.device))
+    index = cache_latents(
+        args.data, vae, args.out, dtype=args.dtype, shard_mb=args.shard_mb, batch_size=args.batch_size
+    )
+    num_frames = sum(video["num_frames"] for video in index["videos"])
+    num_bytes = sum(shard["num_bytes"] for shard in index["shards"])
+    print(f"{args.out}: {len(index['videos'])} videos, {num_frames} frames, {num_bytes / 1e6:.1f} MB")
+    for reason in index["left_out"].values():
+        print(f"left out: {reason}")
+    return 0
+
+
 # --- evaluate, scenes, demo -------------------------------------------------------------------------------------
 
 
@@ -439,6 +487,11 @@ VERBS = {
         help="say what a data set holds, what is missing and what is damaged",
         add_options=add_data_check_options,
         run=run_data_check,
+    ),
+    "cache-latents": Verb(
+        help="encode a data set to tokens once, for `ardiff train --data latents:FOLDER`",
+        add_options=add_cache_options,
+        run=run_cache,
     ),
     "evaluate": Verb(help="measure a model on held-out scenes", add_options=add_evaluate_options, run=run_evaluate),
     "scenes": Verb(help="write a contact sheet of the scenes", add_options=add_scenes_options, run=run_scenes),
