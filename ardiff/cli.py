@@ -406,7 +406,9 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         "--gaps", type=parse_gap_list, default=[0, 5, 50], help="timestep gaps of the samples; default: 0,5,50"
     )
     parser.add_argument(
-        "--prediction-gaps", type=parse_gap_list, default=[5], help="timestep gaps of the continuations; default: 5"
+        "--prediction-gaps",
+        type=parse_gap_list,
+        help="timestep gaps of the continuations; default: 5 for scenes, none with --data",
     )
     parser.add_argument("--steps", type=int, default=50, help="denoising steps of every frame; default: 50")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; default: 1.0, which is off")
@@ -417,21 +419,48 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=Path, metavar="FOLDER", help="for one picture of clips per scene; default: none"
     )
+    group = parser.add_argument_group("against a data set", "with --data: Frechet distances to its real clips")
+    group.add_argument("--data", help=f"'scenes', or {DATA_HELP}")
+    group.add_argument("--videos", default="", metavar="DATA", help="measure these videos, not samples of the model")
+    group.add_argument("--num-samples", type=int, default=2048, help="clips in each set; default: 2048")
+    group.add_argument("--num-frames", type=int, default=16, help="16 is FVD-16, 128 is FVD-128; default: 16")
+    group.add_argument("--stride", type=int, default=1, help="of the real frames; default: 1")
+    group.add_argument("--size", type=int, default=0, help="pixels that are compared; default: the model's")
+    group.add_argument("--clips", choices=("random", "first"), default="random", help="of a video; default: random")
+    group.add_argument(
+        "--i3d", type=Path, metavar="FILE", help="weights of I3D (.safetensors, or .pt state dict), for FVD"
+    )
+    group.add_argument("--videomae", metavar="MODEL", help="a VideoMAE folder or Hub id, for its Frechet distance")
+    group.add_argument("--inception", type=Path, metavar="FILE", help="inception-2015-12-05.pt, for FID of all frames")
+    group.add_argument(
+        "--trust-torchscript",
+        action="store_true",
+        help="run --i3d and --inception files that are TorchScript: programs, as dangerous as whoever made them",
+    )
+    group.add_argument(
+        "--bootstrap", type=int, default=100, help="draws for the intervals, 0 = no intervals; default: 100"
+    )
+    group.add_argument("--processes", type=int, default=1, help="that generate; default: 1")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
     check_output(args.out, (".json",))
+    hide_loading_bar()
+    if args.data is not None:
+        run_evaluate_set(args)
+        return
+    if args.i3d or args.videomae or args.inception or args.videos:
+        raise ValueError("`--data` must name the real clips for `--i3d`, `--videomae`, `--inception` and `--videos`.")
 
     from ardiff.evaluation.report import evaluate, format_report
 
-    hide_loading_bar()
     report = evaluate(
         choose_model(args.model),
         scenes=args.scenes,
         num_clips=args.num_clips,
         seed=args.seed,
         gaps=args.gaps,
-        prediction_gaps=args.prediction_gaps,
+        prediction_gaps=args.prediction_gaps or [5],
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         dtype=args.dtype,
@@ -441,6 +470,40 @@ def run_evaluate(args: argparse.Namespace) -> None:
         samples=args.samples,
     )
     print(format_report(report))
+
+
+def run_evaluate_set(args: argparse.Namespace) -> None:
+    from ardiff.evaluation.distribution import Protocol, evaluate_set, format_set_report
+
+    protocol = Protocol(
+        data=args.data,
+        videos=args.videos,
+        num_clips=args.num_samples,
+        num_frames=args.num_frames,
+        stride=args.stride,
+        size=args.size,
+        clips=args.clips,
+        seed=args.seed,
+        gaps=args.gaps,
+        prediction_gaps=args.prediction_gaps or [],
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        dtype=args.dtype,
+        bootstrap=args.bootstrap,
+    )
+    report = evaluate_set(
+        choose_model(args.model),
+        protocol,
+        i3d=args.i3d,
+        videomae=args.videomae,
+        inception=args.inception,
+        trust_torchscript=args.trust_torchscript,
+        batch_size=args.batch_size,
+        processes=args.processes,
+        device=choose_device(args.device),
+        out=args.out,
+    )
+    print(format_set_report(report))
 
 
 def add_scenes_options(parser: argparse.ArgumentParser) -> None:
@@ -493,7 +556,11 @@ VERBS = {
         add_options=add_cache_options,
         run=run_cache,
     ),
-    "evaluate": Verb(help="measure a model on held-out scenes", add_options=add_evaluate_options, run=run_evaluate),
+    "evaluate": Verb(
+        help="measure a model on held-out scenes, or its samples against a data set",
+        add_options=add_evaluate_options,
+        run=run_evaluate,
+    ),
     "scenes": Verb(help="write a contact sheet of the scenes", add_options=add_scenes_options, run=run_scenes),
     "demo": Verb(help="serve the studio", add_options=add_demo_options, run=run_demo),
 }

@@ -214,7 +214,7 @@ def format_report(report: dict) -> str:
         rows = [[scene, values["psnr_db"]] for scene, values in autoencoder["scenes"].items()]
         rows += [["mean", autoencoder["mean_psnr_db"]]]
         rows += [[f"lowest: {autoencoder['lowest_scene']}", autoencoder["lowest_psnr_db"]]]
-        blocks.append(_table("Autoencoder", ["PSNR dB"], rows))
+        blocks.append(format_table("Autoencoder", ["PSNR dB"], rows))
     for gap, prediction in report.get("prediction", {}).items():
         columns = ["prediction_psnr_db", "ceiling_psnr_db", "repeat_psnr_db", "below_ceiling_db", "above_repeat_db"]
         rows = list(prediction["scenes"].items())
@@ -222,19 +222,21 @@ def format_report(report: dict) -> str:
             rows.append(("mean, deterministic", mean))
         title = f"{settings['num_prompt_frames']} frames continued to {settings['num_frames']}, gap {gap}"
         names = ["PSNR dB", "ceiling", "repeating", "below ceiling", "above repeating"]
-        blocks.append(_table(title, names, [[name, *(values[column] for column in columns)] for name, values in rows]))
+        blocks.append(
+            format_table(title, names, [[name, *(values[column] for column in columns)] for name, values in rows])
+        )
     if samples := report.get("samples"):
         columns = {name: _column(samples[name], "frechet_distance") for name in ("floor", "reconstruction")}
         for gap, sampled in samples["gaps"].items():
             columns[f"gap {gap}"] = _column(sampled, "frechet_distance")
             columns[f"ratio {gap}"] = _column(sampled, "ratio_to_floor")
         rows = list(zip(["all scenes", *settings["scenes"]], *columns.values(), strict=True))
-        blocks.append(_table("Samples from nothing, Frechet distance", list(columns), rows))
+        blocks.append(format_table("Samples from nothing, Frechet distance", list(columns), rows))
     if counts := report.get("counts"):
         rows = [
             [f"gap {gap}", row["frame_evaluations"], row["expected_frame_evaluations"]] for gap, row in counts.items()
         ]
-        blocks.append(_table("Frame evaluations of a clip", ["measured", "expected"], rows))
+        blocks.append(format_table("Frame evaluations of a clip", ["measured", "expected"], rows))
     if report.get("targets"):
         rows = []
         for target in report["targets"]:
@@ -242,7 +244,7 @@ def format_report(report: dict) -> str:
             rows.append(
                 [target["target"], target["value"], f"{limit} {target['unit']}", "met" if target["met"] else "MISSED"]
             )
-        blocks.append(_table("Targets", ["value", "limit", ""], rows))
+        blocks.append(format_table("Targets", ["value", "limit", ""], rows))
     return "\n\n".join(blocks)
 
 
@@ -251,7 +253,8 @@ def _column(figures: dict, name: str) -> list[float]:
     return [figures[name], *(values[name] for values in figures["scenes"].values())]
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
+def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
+    """Lines of plain text: the title and the columns' names, then the rows; numbers with two decimals."""
     lines = [[title, *columns], *rows]
     texts = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
     widths = [max(len(text) for text in column) for column in zip(*texts, strict=True)]
