@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers.utils.logging import disable_progress_bar
 
 from ardiff.evaluation.prediction import run_pipeline
 from ardiff.pipelines.pipeline_ardiff import ARDiffPipeline
@@ -91,6 +92,7 @@ _own: ARDiffPipeline | None = None  # of this process
 
 def _start(model: str, device: str, num_threads: int, counter: object) -> None:
     global _own
+    disable_progress_bar()
     torch.set_num_threads(num_threads)
     with counter.get_lock():
         number = counter.value
