@@ -61,7 +61,11 @@ class Sampler:
             return
         if isinstance(model, ARDiffPipeline):
             raise ValueError("`model` must be a folder or a Hub id for more than one process but is a pipeline.")
-        context = multiprocessing.get_context("spawn")
+        # Not forks of this process, which may hold threads and a GPU; where possible, of one that has imported all.
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload([__name__])
         arguments = str(model), str(pipe.device), max(torch.get_num_threads() // processes, 1), context.Value("i", 0)
         self.pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=arguments)
 

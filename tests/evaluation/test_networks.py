@@ -24,6 +24,9 @@ from ardiff.evaluation.networks import (
 )
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
 @pytest.fixture
 def clips():
     generator = torch.Generator().manual_seed(3)
@@ -129,17 +132,14 @@ class TinyDetector(nn.Module):
 
 class TinyInception(nn.Module):
     def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        assert x.dtype == torch.uint8 and return_features
+        assert x.dtype == torch.uint8
+        assert return_features
         return x.float().mean((2, 3)) / 255.0
 
 
 def save_script(module, path):
-    with pytest.warns(DeprecationWarning):
-        torch.jit.save(torch.jit.script(module), path)
+    torch.jit.save(torch.jit.script(module), path)
     return path
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 def test_torchscript_is_run_only_when_that_is_allowed(tmp_path, clips):

@@ -247,7 +247,9 @@ def test_ssim_equals_the_formula_with_scipys_filter(generator):
             x, y = (each[clip, frame, :, :, channel] / 255.0 for each in (frames, reference))
             mx, my, vx, vy, cov = blur(x), blur(y), blur(x * x), blur(y * y), blur(x * y)
             vx, vy, cov = vx - mx**2, vy - my**2, cov - mx * my
-            values.append(((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))).mean())
+            values.append(
+                ((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))).mean()
+            )
         assert ssim(frames, reference)[clip] == pytest.approx(np.mean(values), abs=1e-5)
 
 
