@@ -419,6 +419,9 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=Path, metavar="FOLDER", help="for one picture of clips per scene; default: none"
     )
+    parser.add_argument(
+        "--bootstrap", type=int, default=100, help="draws for the intervals, 0 = no intervals; default: 100"
+    )
     group = parser.add_argument_group("against a data set", "with --data: Frechet distances to its real clips")
     group.add_argument("--data", help=f"'scenes', or {DATA_HELP}")
     group.add_argument("--videos", default="", metavar="DATA", help="measure these videos, not samples of the model")
@@ -436,9 +439,6 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         "--trust-torchscript",
         action="store_true",
         help="run --i3d and --inception files that are TorchScript: programs, as dangerous as whoever made them",
-    )
-    group.add_argument(
-        "--bootstrap", type=int, default=100, help="draws for the intervals, 0 = no intervals; default: 100"
     )
     group.add_argument("--processes", type=int, default=1, help="that generate; default: 1")
 
@@ -465,6 +465,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance,
         dtype=args.dtype,
         batch_size=args.batch_size,
+        bootstrap=args.bootstrap,
         device=choose_device(args.device),
         out=args.out,
         samples=args.samples,

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from ardiff.data.benchmarks import VideoSet, open_set
@@ -275,7 +275,7 @@ def _sha256(path: Path) -> str:
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.write_bytes(save(tensors))  # safetensors' own `save_file` makes files that nobody else may read
     _publish(partial, path)
 
 

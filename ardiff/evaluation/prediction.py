@@ -46,6 +46,7 @@ class Settings:
         num_inference_steps, guidance_scale: as in `ARDiffPipeline.stream`.
         dtype: "float32", or "bfloat16": the pipeline runs under autocast.
         batch_size: clips at once, >= 1.
+        bootstrap: drawn pairs of sets for an interval, >= 2; 0 = no intervals.
     """
 
     scenes: Sequence[str]
@@ -57,6 +58,7 @@ class Settings:
     guidance_scale: float
     dtype: str
     batch_size: int
+    bootstrap: int = 0
 
     def check(self, pipe: ARDiffPipeline) -> None:
         """Refuse what this model cannot do, before any work.
@@ -73,10 +75,13 @@ class Settings:
             "num_clips": (self.num_clips, 2, MAX_CLIPS),
             "seed": (self.seed, 0, MAX_SEED),
             "batch_size": (self.batch_size, 1, MAX_CLIPS),
+            "bootstrap": (self.bootstrap, 0, 100_000),
         }
         for name, (value, low, high) in ranges.items():
             if not low <= value <= high:
                 raise ValueError(f"`{name}` must be in [{low}, {high}] but is {value}.")
+        if self.bootstrap == 1:
+            raise ValueError("`bootstrap` must be 0 or at least 2 but is 1.")
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)} but is {self.dtype!r}.")
         for name, gaps in (("scenes", self.scenes), ("gaps", self.gaps), ("prediction_gaps", self.prediction_gaps)):

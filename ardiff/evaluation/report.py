@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ardiff.data.scenes import SCENES
 from ardiff.evaluation.features import clip_features, reconstruct
-from ardiff.evaluation.frechet import frechet_distance
+from ardiff.evaluation.frechet import bootstrap_interval, frechet_distance
 from ardiff.evaluation.prediction import (
     NUM_FRAMES,
     NUM_PROMPT_FRAMES,
@@ -49,6 +49,7 @@ def evaluate(
     guidance_scale: float = 1.0,
     dtype: str = "float32",
     batch_size: int = 64,
+    bootstrap: int = 100,
     device: str | torch.device = "cpu",
     out: str | os.PathLike | None = None,
     samples: str | os.PathLike | None = None,
@@ -67,6 +68,7 @@ def evaluate(
         guidance_scale: in [1, 20].
         dtype: "float32", or "bfloat16": generation (not the autoencoder's figures) runs under autocast.
         batch_size: clips at once, >= 1.
+        bootstrap: drawn pairs of sets for the intervals of distances over all scenes, >= 2; 0 = no intervals.
         out: JSON file, written anew after every part, so that an interrupted evaluation keeps what it has.
         samples: folder for one picture per scene, a few clips in rows: real, reconstruction, prediction, samples.
         progress: show a bar on stderr.
@@ -88,6 +90,7 @@ def evaluate(
         guidance_scale=guidance_scale,
         dtype=dtype,
         batch_size=batch_size,
+        bootstrap=bootstrap,
     )
     settings.check(pipe)
     strips = SampleStrips()
@@ -174,8 +177,13 @@ def distances(features: torch.Tensor, real: torch.Tensor, settings: Settings) ->
     """Frechet distance of all scenes pooled, and scene by scene; the rows of both are in the order of `clip_batches`."""
     size = settings.num_clips
     each = zip(settings.scenes, features.split(size), real.split(size), strict=True)
+    interval = {}
+    if settings.bootstrap:
+        low, high = bootstrap_interval(features, real, num_draws=settings.bootstrap, seed=settings.seed)
+        interval["frechet_distance_interval"] = [low, high]
     return {
         "frechet_distance": frechet_distance(features, real),
+        **interval,
         "scenes": {scene: {"frechet_distance": frechet_distance(rows, others)} for scene, rows, others in each},
     }
 
@@ -231,6 +239,12 @@ def format_report(report: dict) -> str:
             columns[f"gap {gap}"] = _column(sampled, "frechet_distance")
             columns[f"ratio {gap}"] = _column(sampled, "ratio_to_floor")
         rows = list(zip(["all scenes", *settings["scenes"]], *columns.values(), strict=True))
+        spread = {name: samples[name] for name in ("floor", "reconstruction")}
+        spread |= {f"gap {gap}": sampled for gap, sampled in samples["gaps"].items()}
+        intervals = {name: figures.get("frechet_distance_interval") for name, figures in spread.items()}
+        if all(intervals.values()):
+            ends = {name: f"{low:.2f}..{high:.2f}" for name, (low, high) in intervals.items()}
+            rows.append(["all, 95 % interval", *(ends.get(column, "") for column in columns)])
         blocks.append(format_table("Samples from nothing, Frechet distance", list(columns), rows))
     if counts := report.get("counts"):
         rows = [
