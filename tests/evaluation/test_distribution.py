@@ -36,7 +36,14 @@ def folder(tmp_path):
 @pytest.fixture
 def protocol(folder):
     return Protocol(
-        data=str(folder), num_clips=4, num_frames=6, gaps=(0, 1), num_inference_steps=2, bootstrap=0, seed=3
+        data=str(folder),
+        num_clips=4,
+        num_frames=6,
+        gaps=(0, 1),
+        num_inference_steps=2,
+        guidance_scale=8.0,
+        bootstrap=0,
+        seed=3,
     )
 
 
@@ -98,7 +105,7 @@ def test_figures_are_the_distances_of_the_clips_that_are_named(tiny_pipeline, pr
     for gap in (0, 1):
         videos = tiny_pipeline(
             class_labels=[clip.class_name for clip in taken[:4]], num_frames=6, ar_step=gap, num_inference_steps=2,
-            guidance_scale=1.0, generator=[torch.Generator().manual_seed(600_000 + i) for i in range(4)], output_type="np",
+            guidance_scale=8.0, generator=[torch.Generator().manual_seed(600_000 + i) for i in range(4)], output_type="np",
         ).frames  # fmt: skip
         sampled = clip_features(tiny_pipeline.vae, (videos * 255).round().astype(np.uint8))
         figures = report["samples"]["gaps"][str(gap)]
@@ -139,7 +146,7 @@ def test_prediction_of_real_clips(tiny_pipeline, protocol):
     assert figures["repeat_psnr_db"] == pytest.approx(psnr(repeated, real[:, 4:]).mean())
     videos = tiny_pipeline(
         prompt_frames=real[:, :4], class_labels=[clip.class_name for clip in taken], num_frames=6, ar_step=1,
-        num_inference_steps=2, guidance_scale=1.0,
+        num_inference_steps=2, guidance_scale=8.0,
         generator=[torch.Generator().manual_seed(700_000 + i) for i in range(4)], output_type="np",
     ).frames  # fmt: skip
     expected = psnr((videos[:, 4:] * 255).round().astype(np.uint8), real[:, 4:]).mean()

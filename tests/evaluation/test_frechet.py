@@ -97,6 +97,12 @@ def test_interval_is_as_wide_as_the_distances_of_new_sets_vary(generator):
     assert sum(widths) / len(widths) == pytest.approx(expected, rel=0.25)
 
 
+def test_interval_lies_around_the_distance_though_drawn_sets_are_farther_apart(generator):
+    a, b = (torch.randn(24, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    distance, (low, high) = frechet_distance(a, b), bootstrap_interval(a, b)
+    assert 0.2 * (high - low) < distance - low < 0.8 * (high - low)
+
+
 def test_interval_draws_clips_with_all_their_frames(generator):
     a, b = draw(generator, 40, 3), draw(generator, 40, 3)
     repeated = a[:, None].expand(-1, 8, -1), b[:, None].expand(-1, 8, -1)
