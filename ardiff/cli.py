@@ -18,6 +18,10 @@ from pathlib import Path
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 DTYPES = ("float32", "bfloat16", "float16")
+DATA_HELP = (
+    "a folder of videos, or KIND:FOLDER or KIND/SPLIT:FOLDER with the kinds faceforensics, sky-timelapse, taichi-hd, ucf-101, "
+    "videos, images and shards (tar files), and the splits train, val, test, all (ucf-101: train01 to test03)"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,19 +30,21 @@ class Verb:
 
     help: str
     add_options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, or 2 after one line on stderr when the input was wrong."""
+    """Run one verb and return the exit code: 0, or 2 after one line on stderr when the input was wrong.
+
+    A verb that checks something returns 1 when it found something wrong.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser(argv).parse_args(argv)
     try:
-        VERBS[args.verb].run(args)
+        return VERBS[args.verb].run(args) or 0
     except (ValueError, OSError) as error:
         print(f"ardiff: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -329,6 +335,81 @@ def run_convert(args: argparse.Namespace) -> None:
     print(convert(args.source, args.out, args.dataset, args.vae, config=config, progress=True))
 
 
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def add_data_check_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("--num-frames", type=int, default=16, help="frames of a clip; default: 16")
+    parser.add_argument("--stride", type=int, default=1, help="take every n-th frame; default: 1")
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every frame, which finds damage inside files; default: headers"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON with every name; default: none")
+
+
+def run_data_check(args: argparse.Namespace) -> int:
+    if args.out is not None:
+        check_output(args.out, (".json",))
+
+    from ardiff.data.benchmarks import check_set, format_check
+
+    report = check_set(args.data, num_frames=args.num_frames, stride=args.stride, decode=args.decode)
+    print(format_check(report))
+    if args.out is not None:
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return int(bool(report["missing"] or report["damaged"]))
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", nargs="?", help=DATA_HELP)
+    parser.add_argument(
+        "--vae", default="runs/autoencoder/vae", help="autoencoder folder; default: runs/autoencoder/vae"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the cache is, or goes")
+    parser.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16", help="of the tokens on disk; default: float16"
+    )
+    parser.add_argument("--shard-mb", type=int, default=64, help="size of a file in MB; default: 64")
+    parser.add_argument("--batch-size", type=int, default=64, help="frames encoded at once; default: 64")
+    parser.add_argument("--device", default="auto", help="auto or a torch device; default: auto")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the files of --out with their checksums, and write nothing"
+    )
+
+
+def run_cache(args: argparse.Namespace) -> int:
+    if (args.data is None) != args.verify:
+        raise ValueError("`ardiff cache-latents` needs either DATA, to make a cache, or `--verify`, to check one.")
+    if args.verify:
+        from ardiff.data.latents import read_index, verify_cache
+
+        wrong, index = verify_cache(args.out), read_index(args.out)
+        print(
+            "\n".join(wrong)
+            or f"{args.out}: {len(index['videos'])} videos in {len(index['shards'])} files, all intact"
+        )
+        return int(bool(wrong))
+
+    import torch
+
+    from ardiff import AutoencoderARVAE
+    from ardiff.data.latents import cache_latents
+    from ardiff.pipelines.loading import choose_device
+
+    hide_loading_bar()
+    vae = AutoencoderARVAE.from_pretrained(args.vae, dtype=torch.float32).eval().to(choose_device(args.device))
+    index = cache_latents(
+        args.data, vae, args.out, dtype=args.dtype, shard_mb=args.shard_mb, batch_size=args.batch_size
+    )
+    num_frames = sum(video["num_frames"] for video in index["videos"])
+    num_bytes = sum(shard["num_bytes"] for shard in index["shards"])
+    print(f"{args.out}: {len(index['videos'])} videos, {num_frames} frames, {num_bytes / 1e6:.1f} MB")
+    for reason in index["left_out"].values():
+        print(f"left out: {reason}")
+    return 0
+
+
 # --- evaluate, scenes, demo -------------------------------------------------------------------------------------
 
 
@@ -340,7 +421,9 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         "--gaps", type=parse_gap_list, default=[0, 5, 50], help="timestep gaps of the samples; default: 0,5,50"
     )
     parser.add_argument(
-        "--prediction-gaps", type=parse_gap_list, default=[5], help="timestep gaps of the continuations; default: 5"
+        "--prediction-gaps",
+        type=parse_gap_list,
+        help="timestep gaps of the continuations; default: 5 for scenes, none with --data",
     )
     parser.add_argument("--steps", type=int, default=50, help="denoising steps of every frame; default: 50")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; default: 1.0, which is off")
@@ -351,31 +434,94 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=Path, metavar="FOLDER", help="for one picture of clips per scene; default: none"
     )
+    parser.add_argument(
+        "--bootstrap", type=int, default=100, help="draws for the intervals, 0 = no intervals; default: 100"
+    )
+    group = parser.add_argument_group("against a data set", "with --data: Frechet distances to its real clips")
+    group.add_argument("--data", help=f"'scenes', or {DATA_HELP}")
+    group.add_argument("--videos", default="", metavar="DATA", help="measure these videos, not samples of the model")
+    group.add_argument("--num-samples", type=int, default=2048, help="clips in each set; default: 2048")
+    group.add_argument("--num-frames", type=int, default=16, help="16 is FVD-16, 128 is FVD-128; default: 16")
+    group.add_argument("--stride", type=int, default=1, help="of the real frames; default: 1")
+    group.add_argument("--size", type=int, default=0, help="pixels that are compared; default: the model's")
+    group.add_argument("--clips", choices=("random", "first"), default="random", help="of a video; default: random")
+    group.add_argument(
+        "--i3d", type=Path, metavar="FILE", help="weights of I3D (.safetensors, or .pt state dict), for FVD"
+    )
+    group.add_argument("--videomae", metavar="MODEL", help="a VideoMAE folder or Hub id, for its Frechet distance")
+    group.add_argument("--inception", type=Path, metavar="FILE", help="inception-2015-12-05.pt, for FID of all frames")
+    group.add_argument(
+        "--trust-torchscript",
+        action="store_true",
+        help="run --i3d and --inception files that are TorchScript: programs, as dangerous as whoever made them",
+    )
+    group.add_argument("--processes", type=int, default=1, help="that generate; default: 1")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
     check_output(args.out, (".json",))
+    hide_loading_bar()
+    if args.data is not None:
+        run_evaluate_set(args)
+        return
+    if args.i3d or args.videomae or args.inception or args.videos:
+        raise ValueError("`--data` must name the real clips for `--i3d`, `--videomae`, `--inception` and `--videos`.")
 
     from ardiff.evaluation.report import evaluate, format_report
     from ardiff.pipelines.loading import choose_device, find_model
 
-    hide_loading_bar()
     report = evaluate(
         find_model(args.model),
         scenes=args.scenes,
         num_clips=args.num_clips,
         seed=args.seed,
         gaps=args.gaps,
-        prediction_gaps=args.prediction_gaps,
+        prediction_gaps=args.prediction_gaps or [5],
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         dtype=args.dtype,
         batch_size=args.batch_size,
+        bootstrap=args.bootstrap,
         device=choose_device(args.device),
         out=args.out,
         samples=args.samples,
     )
     print(format_report(report))
+
+
+def run_evaluate_set(args: argparse.Namespace) -> None:
+    from ardiff.evaluation.distribution import Protocol, evaluate_set, format_set_report
+    from ardiff.pipelines.loading import choose_device, find_model
+
+    protocol = Protocol(
+        data=args.data,
+        videos=args.videos,
+        num_clips=args.num_samples,
+        num_frames=args.num_frames,
+        stride=args.stride,
+        size=args.size,
+        clips=args.clips,
+        seed=args.seed,
+        gaps=args.gaps,
+        prediction_gaps=args.prediction_gaps or [],
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        dtype=args.dtype,
+        bootstrap=args.bootstrap,
+    )
+    report = evaluate_set(
+        find_model(args.model),
+        protocol,
+        i3d=args.i3d,
+        videomae=args.videomae,
+        inception=args.inception,
+        trust_torchscript=args.trust_torchscript,
+        batch_size=args.batch_size,
+        processes=args.processes,
+        device=choose_device(args.device),
+        out=args.out,
+    )
+    print(format_set_report(report))
 
 
 def add_scenes_options(parser: argparse.ArgumentParser) -> None:
@@ -461,7 +607,21 @@ VERBS = {
         add_options=add_convert_options,
         run=run_convert,
     ),
-    "evaluate": Verb(help="measure a model on held-out scenes", add_options=add_evaluate_options, run=run_evaluate),
+    "data-check": Verb(
+        help="say what a data set holds, what is missing and what is damaged",
+        add_options=add_data_check_options,
+        run=run_data_check,
+    ),
+    "cache-latents": Verb(
+        help="encode a data set to tokens once, for `ardiff train --data latents:FOLDER`",
+        add_options=add_cache_options,
+        run=run_cache,
+    ),
+    "evaluate": Verb(
+        help="measure a model on held-out scenes, or its samples against a data set",
+        add_options=add_evaluate_options,
+        run=run_evaluate,
+    ),
     "scenes": Verb(help="write a contact sheet of the scenes", add_options=add_scenes_options, run=run_scenes),
     "demo": Verb(help="serve the studio", add_options=add_demo_options, run=run_demo),
     "deploy": Verb(help="create or update a Space", add_options=add_deploy_options, run=run_deploy),

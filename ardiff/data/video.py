@@ -4,12 +4,15 @@ Pixels are uint8 (H, W, 3), RGB, everywhere here; F counts frames. Videos are re
 MP4 is written by the ffmpeg binary that comes with imageio-ffmpeg (through moviepy), so no system ffmpeg is needed.
 """
 
+import contextlib
+import itertools
 import math
 import os
 import uuid
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -26,7 +29,13 @@ MIN_MP4_SIDE = 256
 
 
 def read_video(
-    path: str | os.PathLike, *, size: int | None = None, max_frames: int | None = None, stride: int = 1, start: int = 0
+    path: str | os.PathLike | BinaryIO,
+    *,
+    size: int | None = None,
+    max_frames: int | None = None,
+    stride: int = 1,
+    start: int = 0,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> np.ndarray:
     """Frames of a video file, uint8 (F, H, W, 3), turned upright where the file asks for a quarter turn.
 
@@ -34,22 +43,41 @@ def read_video(
     does not grow with the length of the file.
 
     Args:
-        path: MP4, MOV, MKV, WebM, AVI, GIF, MPEG, Ogg, FLV or WMV; frames of at most 40 megapixels.
+        path: MP4, MOV, MKV, WebM, AVI, GIF, MPEG, Ogg, FLV or WMV; frames of at most 40 megapixels. Or a file that is
+            open for reading and has a `name`.
         size: side in px of the square that every frame is fitted to (`fit_frame`), >= 1. None keeps the video's size.
         max_frames: >= 1. None reads to the end.
         stride: every how many frames one is kept, >= 1.
         start: first frame, 0-based.
+        resample: Pillow's filter for `size`.
 
     Raises:
         ValueError: an argument is out of range, or the file is missing, empty, not a video, damaged within the frames
             that are read, changes its frame size, or has no frame at `start`.
     """
-    for name, value, least in (("max_frames", max_frames, 1), ("stride", stride, 1), ("start", start, 0)):
-        if value is not None and value < least:
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"`max_frames` must be >= 1 but is {max_frames}.")
+    with contextlib.closing(iter_video(path, size=size, stride=stride, start=start, resample=resample)) as frames:
+        return np.stack(list(itertools.islice(frames, max_frames)))
+
+
+def iter_video(
+    path: str | os.PathLike | BinaryIO,
+    *,
+    size: int | None = None,
+    stride: int = 1,
+    start: int = 0,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Iterator[np.ndarray]:
+    """The frames of `read_video` one by one, so that a long video needs no memory; its arguments and errors.
+
+    What is wrong with the file or an argument is raised when the frame that it concerns is asked for.
+    """
+    for name, value, least in (("stride", stride, 1), ("start", start, 0)):
+        if value < least:
             raise ValueError(f"`{name}` must be >= {least} but is {value}.")
-    path = _existing_file(path)
-    frames = []
-    num_decoded = 0
+    path = _source(path)
+    num_decoded, shape = 0, None
     try:
         with _open_video(path) as container:
             # A stream of a codec that ffmpeg does not know has no codec context.
@@ -68,19 +96,36 @@ def read_video(
                 if frame.rotation % 90 == 0:
                     picture = np.ascontiguousarray(np.rot90(picture, frame.rotation // 90))
                 if size is not None:
-                    picture = fit_frame(picture, size)
-                if frames and picture.shape != frames[0].shape:
+                    picture = fit_frame(picture, size, resample)
+                if shape not in (None, picture.shape):
                     raise ValueError(f"{path.name} must keep one frame size but changes it in frame {index}.")
-                frames.append(picture)
-                if len(frames) == max_frames:
-                    break
+                shape = picture.shape
+                yield picture
     except av.error.FFmpegError as error:
         raise ValueError(f"{path.name} cannot be read as a video; it may be damaged or of another type.") from error
     if not num_decoded:
         raise ValueError(f"{path.name} has no readable video in it.")
-    if not frames:
+    if shape is None:
         raise ValueError(f"`start` must be less than the {num_decoded} frames of {path.name} but is {start}.")
-    return np.stack(frames)
+
+
+def count_frames(path: str | os.PathLike | BinaryIO) -> int:
+    """How many frames a video file says it has, by its header or else by its packets, without decoding it.
+
+    Damaged files and unusual streams can decode to another number.
+
+    Raises:
+        ValueError: the file is missing, empty or not a video.
+    """
+    path = _source(path)
+    try:
+        with _open_video(path) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path.name} has no readable video in it.")
+            stream = container.streams.video[0]
+            return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path.name} cannot be read as a video; it may be damaged or of another type.") from error
 
 
 def video_seconds(path: str | os.PathLike) -> float:
@@ -97,14 +142,16 @@ def video_seconds(path: str | os.PathLike) -> float:
         raise ValueError(f"{path.name} cannot be read as a video; it may be damaged or of another type.") from error
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
+def read_image(path: str | os.PathLike | BinaryIO) -> np.ndarray:
     """A picture file as uint8 (H, W, 3): turned upright (EXIF), transparency on white, first frame of an animation.
+
+    `path` may also be a file that is open for reading and has a `name`.
 
     Raises:
         ValueError: the file is missing, empty, over 40 megapixels (checked before decoding), or not a readable BMP, GIF,
             JPEG, PNG or WebP picture.
     """
-    path = _existing_file(path)
+    path = _source(path)
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as image:
             _check_pixels(path.name, *image.size)
@@ -117,12 +164,15 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(f"{path.name} cannot be read as a picture; it may be damaged or of another type.") from error
 
 
-def fit_frame(frame: np.ndarray | Image.Image, size: int) -> np.ndarray:
+def fit_frame(
+    frame: np.ndarray | Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> np.ndarray:
     """The middle square of a picture, resized to uint8 (size, size, 3). A picture of that size comes back unchanged.
 
     Args:
         frame: uint8 (H, W, 3), or a PIL picture (turned upright, transparency on white) of at most 40 megapixels.
         size: side in px, >= 1.
+        resample: Pillow's filter.
     """
     if size < 1:
         raise ValueError(f"`size` must be >= 1 but is {size}.")
@@ -138,7 +188,7 @@ def fit_frame(frame: np.ndarray | Image.Image, size: int) -> np.ndarray:
     left, top = (width - side) / 2, (height - side) / 2
     # One resampling for crop and resize: the box may lie between pixels.
     box = (left, top, left + side, top + side)
-    return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS, box=box))
+    return np.array(Image.fromarray(pixels).resize((size, size), resample, box=box))
 
 
 def write_video(
@@ -269,8 +319,16 @@ def _check_pixels(name: str, width: int, height: int) -> None:
         )
 
 
-def _open_video(path: Path) -> av.container.InputContainer:
-    return av.open(str(path), options={"format_whitelist": VIDEO_FORMATS}, metadata_errors="replace")
+def _open_video(path: Path | BinaryIO) -> av.container.InputContainer:
+    return av.open(
+        str(path) if isinstance(path, Path) else path,
+        options={"format_whitelist": VIDEO_FORMATS},
+        metadata_errors="replace",
+    )
+
+
+def _source(path: str | os.PathLike | BinaryIO) -> Path | BinaryIO:
+    return path if hasattr(path, "read") else _existing_file(path)
 
 
 def _existing_file(path: str | os.PathLike) -> Path:

@@ -30,6 +30,39 @@ def frechet_distance(features: torch.Tensor, other: torch.Tensor) -> float:
     return gaussian_distance(*_moments(features), *_moments(other))
 
 
+def bootstrap_interval(
+    features: torch.Tensor, other: torch.Tensor, *, num_draws: int = 100, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """An interval around the Frechet distance of two sets for how much it varies with the clips that happen to be in them.
+
+    Clips of both sets are drawn anew with replacement, all vectors of a clip together. A drawn set has repeated clips, so
+    its distances are larger on the whole than that of the sets (the estimate grows as n gets smaller): the quantiles of
+    their deviations from their own mean are laid around the sets' distance. The interval is one of the spread at these
+    sizes, and keeps the bias of the estimate, as any distance of that many clips does.
+
+    Args:
+        features, other: (n, D), or (n, k, D) with k vectors of each clip.
+        num_draws: at least 2. level: in (0, 1).
+
+    Raises:
+        ValueError: see `frechet_distance`, or an argument is out of range.
+    """
+    if num_draws < 2 or not 0.0 < level < 1.0:
+        raise ValueError(f"`num_draws` must be at least 2 and `level` in (0, 1) but are {num_draws} and {level}.")
+    generator = torch.Generator().manual_seed(seed)
+    draws = []
+    for _ in range(num_draws):
+        drawn = [
+            vectors[torch.randint(len(vectors), (len(vectors),), generator=generator)] for vectors in (features, other)
+        ]
+        draws.append(frechet_distance(*(vectors.flatten(0, -2) for vectors in drawn)))
+    draws = torch.tensor(draws, dtype=torch.float64)
+    tails = torch.tensor([(1.0 - level) / 2.0, (1.0 + level) / 2.0], dtype=torch.float64)
+    distance = frechet_distance(features.flatten(0, -2), other.flatten(0, -2))
+    low, high = (distance + torch.quantile(draws - draws.mean(), tails)).tolist()
+    return max(low, 0.0), high
+
+
 def gaussian_distance(
     mean: torch.Tensor, covariance: torch.Tensor, other_mean: torch.Tensor, other_covariance: torch.Tensor
 ) -> float:

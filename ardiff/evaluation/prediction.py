@@ -1,4 +1,4 @@
-"""Held-out clips, and PSNR on them: of the autoencoder, and of a clip that is continued from its first frames.
+"""Held-out clips, and PSNR and SSIM on them: of the autoencoder, and of a clip that is continued from its first frames.
 
 Shapes: B clips, F frames, P prompt frames, (S, S) pixels; frames are uint8 (B, F, S, S, 3).
 Everything random is a function of (seed, scene, part, clip index), so no figure depends on how clips are batched.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from ardiff.data.clips import LATEST_START
@@ -24,6 +25,9 @@ NUM_PROMPT_FRAMES = 4
 DTYPES = ("float32", "bfloat16")
 # Equal clips would have infinite PSNR. One grey level in one value of 12 frames of 64 x 64 pixels gives 99.8 dB.
 MAX_PSNR = 100.0
+PREDICTION_FIGURES = (
+    "prediction_psnr_db", "ceiling_psnr_db", "repeat_psnr_db", "prediction_ssim", "ceiling_ssim", "repeat_ssim"
+)  # fmt: skip
 # Every (seed, scene, part) has a range of seeds of its own. All are below 2**32: what torch's CPU generator looks at, and
 # far below the seeds of training (`FIRST_TRAINING_SEED`).
 PARTS = ("clips", "real", "other_real", "real_start", "other_real_start", "prediction_noise", "sample_noise")
@@ -42,6 +46,7 @@ class Settings:
         num_inference_steps, guidance_scale: as in `ARDiffPipeline.stream`.
         dtype: "float32", or "bfloat16": the pipeline runs under autocast.
         batch_size: clips at once, >= 1.
+        bootstrap: drawn pairs of sets for an interval, >= 2; 0 = no intervals.
     """
 
     scenes: Sequence[str]
@@ -53,6 +58,7 @@ class Settings:
     guidance_scale: float
     dtype: str
     batch_size: int
+    bootstrap: int = 0
 
     def check(self, pipe: ARDiffPipeline) -> None:
         """Refuse what this model cannot do, before any work.
@@ -69,10 +75,13 @@ class Settings:
             "num_clips": (self.num_clips, 2, MAX_CLIPS),
             "seed": (self.seed, 0, MAX_SEED),
             "batch_size": (self.batch_size, 1, MAX_CLIPS),
+            "bootstrap": (self.bootstrap, 0, 100_000),
         }
         for name, (value, low, high) in ranges.items():
             if not low <= value <= high:
                 raise ValueError(f"`{name}` must be in [{low}, {high}] but is {value}.")
+        if self.bootstrap == 1:
+            raise ValueError("`bootstrap` must be 0 or at least 2 but is 1.")
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)} but is {self.dtype!r}.")
         for name, gaps in (("scenes", self.scenes), ("gaps", self.gaps), ("prediction_gaps", self.prediction_gaps)):
@@ -161,27 +170,57 @@ def generate(
     With `prompt_frames` (B, P, S, S, 3) the videos go on from these, which are their first frames, as the model sees them.
     """
     part = "sample_noise" if prompt_frames is None else "prediction_noise"
+    return run_pipeline(
+        pipe,
+        generators=[clip.generator(part) for clip in clips],
+        class_labels=[clip.scene for clip in clips],
+        num_frames=NUM_FRAMES,
+        gap=gap,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        dtype=settings.dtype,
+        prompt_frames=prompt_frames,
+        count=lambda frame_evaluations: bar.update(frame_evaluations * len(clips)),
+    )
+
+
+def run_pipeline(
+    pipe: ARDiffPipeline,
+    *,
+    generators: list[torch.Generator],
+    class_labels: Sequence[str] | None,
+    num_frames: int,
+    gap: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    dtype: str,
+    prompt_frames: np.ndarray | None = None,
+    count: Callable[[int], object] = lambda frame_evaluations: None,
+) -> tuple[np.ndarray, int]:
+    """One video per generator, (B, F, S, S, 3), and the frame evaluations of each; `count` hears of them as they are done.
+
+    `dtype` "bfloat16" runs under autocast; the other arguments are those of `ARDiffPipeline.stream`.
+    """
     autocast = contextlib.nullcontext()
-    if settings.dtype == "bfloat16":
+    if dtype == "bfloat16":
         autocast = torch.autocast(pipe.device.type, torch.bfloat16)
-    frames = np.empty((len(clips), NUM_FRAMES, pipe.image_size, pipe.image_size, 3), dtype=np.uint8)
+    frames = np.empty((len(generators), num_frames, pipe.image_size, pipe.image_size, 3), dtype=np.uint8)
     num_evaluations = 0
     with autocast:
         for step in pipe.stream(
             prompt_frames=prompt_frames,
-            class_labels=[clip.scene for clip in clips],
-            num_frames=NUM_FRAMES,
+            class_labels=class_labels,
+            num_frames=num_frames,
             ar_step=gap,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            generator=[clip.generator(part) for clip in clips],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
         ):
             for index, frame in step.finished:
-                frames[:, index] = (
-                    frame  # a single video comes without the batch axis, and is put back by broadcasting
-                )
+                # A single video comes without the batch axis, and is put back by broadcasting.
+                frames[:, index] = frame
             num_evaluations += step.frame_evaluations
-            bar.update(step.frame_evaluations * len(clips))
+            count(step.frame_evaluations)
     return frames, num_evaluations
 
 
@@ -194,13 +233,49 @@ def psnr(frames: np.ndarray, reference: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: they are not uint8, or differ in shape.
     """
+    _check_pair(frames, reference)
+    error = (frames.astype(np.float32) - reference.astype(np.float32)) / 255.0
+    squared = np.square(error).reshape(len(error), -1).mean(1, dtype=np.float64)
+    return -10.0 * np.log10(np.maximum(squared, 10.0 ** (-MAX_PSNR / 10.0)))
+
+
+def ssim(frames: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """SSIM of every clip, (B,) float64 in [-1, 1] (Wang et al., IEEE TIP 2004): the mean over frames, channels and pixels.
+
+    Gaussian window of 11 x 11 pixels and standard deviation 1.5, only where it lies inside the frame; K1 = 0.01, K2 = 0.03.
+
+    Args:
+        frames, reference (uint8 arrays of shape (B, F, H, W, 3)): at least 11 x 11 pixels.
+
+    Raises:
+        ValueError: they are not uint8, differ in shape, or are too small.
+    """
+    _check_pair(frames, reference)
+    if min(frames.shape[2:4]) < 11:
+        raise ValueError(f"`frames` must have at least 11 x 11 pixels but have shape {frames.shape}.")
+    window = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).view(1, 1, 11, 1)
+
+    def blur(values: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.conv2d(values, window), window.transpose(2, 3))
+
+    figures = []
+    for pair in zip(frames, reference, strict=True):
+        x, y = (torch.from_numpy(clip).movedim(-1, 1).flatten(0, 1)[:, None].float() / 255.0 for clip in pair)
+        mean_x, mean_y = blur(x), blur(y)
+        variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+        covariance = blur(x * y) - mean_x * mean_y
+        first = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+        second = (2 * covariance + 0.03**2) / (variance_x + variance_y + 0.03**2)
+        figures.append(float((first * second).double().mean()))
+    return np.array(figures)
+
+
+def _check_pair(frames: np.ndarray, reference: np.ndarray) -> None:
     if frames.dtype != np.uint8 or reference.dtype != np.uint8:
         raise ValueError(f"`frames` and `reference` must be uint8 but are {frames.dtype} and {reference.dtype}.")
     if frames.shape != reference.shape:
         raise ValueError(f"`reference` must have the shape of `frames`, {frames.shape}, but has {reference.shape}.")
-    error = (frames.astype(np.float32) - reference.astype(np.float32)) / 255.0
-    squared = np.square(error).reshape(len(error), -1).mean(1, dtype=np.float64)
-    return -10.0 * np.log10(np.maximum(squared, 10.0 ** (-MAX_PSNR / 10.0)))
 
 
 def measure_autoencoder(pipe: ARDiffPipeline, settings: Settings, show: Show) -> dict:
@@ -224,12 +299,11 @@ def measure_autoencoder(pipe: ARDiffPipeline, settings: Settings, show: Show) ->
 
 
 def measure_prediction(pipe: ARDiffPipeline, settings: Settings, gap: int, bar: tqdm, show: Show) -> dict:
-    """PSNR of the 12 new frames when clips are continued from their first 4, given their class.
+    """PSNR and SSIM of the 12 new frames when clips are continued from their first 4, given their class.
 
-    Beside it, on the same 12 frames: the autoencoder's own PSNR (the ceiling), and that of repeating the last prompt frame's
+    Beside them, on the same 12 frames: the autoencoder's own (the ceiling), and those of repeating the last prompt frame's
     true pixels. Per scene, and averaged over the deterministic ones.
     """
-    columns = ("prediction_psnr_db", "ceiling_psnr_db", "repeat_psnr_db")
     figures = {scene: [] for scene in settings.scenes}
     for clips in clip_batches(settings):
         real = render_openings(clips, pipe.image_size)
@@ -237,12 +311,13 @@ def measure_prediction(pipe: ARDiffPipeline, settings: Settings, gap: int, bar: 
         prediction, _ = generate(pipe, clips, settings, gap, bar, prompt)
         show(f"prediction, gap {gap}", clips, prediction, NUM_PROMPT_FRAMES)
         repeated = np.repeat(prompt[:, -1:], NUM_FRAMES, axis=1)
-        rows = [new_frames_psnr(video, real) for video in (prediction, reconstruct(pipe.vae, real), repeated)]
+        videos = prediction, reconstruct(pipe.vae, real), repeated
+        rows = [figure(video, real) for figure in (new_frames_psnr, new_frames_ssim) for video in videos]
         for clip, values in zip(clips, zip(*rows, strict=True), strict=True):
             figures[clip.scene].append(values)
     scenes = {}
     for scene, values in figures.items():
-        means = dict(zip(columns, np.mean(values, axis=0).tolist(), strict=True))
+        means = dict(zip(PREDICTION_FIGURES, np.mean(values, axis=0).tolist(), strict=True))
         means["below_ceiling_db"] = means["ceiling_psnr_db"] - means["prediction_psnr_db"]
         means["above_repeat_db"] = means["prediction_psnr_db"] - means["repeat_psnr_db"]
         scenes[scene] = means
@@ -252,5 +327,10 @@ def measure_prediction(pipe: ARDiffPipeline, settings: Settings, gap: int, bar: 
 
 
 def new_frames_psnr(frames: np.ndarray, reference: np.ndarray) -> list[float]:
-    """PSNR of every clip in dB over the frames after the prompt; frames and reference (B, 16, S, S, 3)."""
+    """PSNR of every clip in dB over the frames after the prompt; frames and reference (B, F, S, S, 3)."""
     return psnr(frames[:, NUM_PROMPT_FRAMES:], reference[:, NUM_PROMPT_FRAMES:]).tolist()
+
+
+def new_frames_ssim(frames: np.ndarray, reference: np.ndarray) -> list[float]:
+    """SSIM of every clip over the frames after the prompt; frames and reference (B, F, S, S, 3)."""
+    return ssim(frames[:, NUM_PROMPT_FRAMES:], reference[:, NUM_PROMPT_FRAMES:]).tolist()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ardiff.data.scenes import SCENES
 from ardiff.evaluation.features import clip_features, reconstruct
-from ardiff.evaluation.frechet import frechet_distance
+from ardiff.evaluation.frechet import bootstrap_interval, frechet_distance
 from ardiff.evaluation.prediction import (
     NUM_FRAMES,
     NUM_PROMPT_FRAMES,
@@ -49,6 +49,7 @@ def evaluate(
     guidance_scale: float = 1.0,
     dtype: str = "float32",
     batch_size: int = 64,
+    bootstrap: int = 100,
     device: str | torch.device = "cpu",
     out: str | os.PathLike | None = None,
     samples: str | os.PathLike | None = None,
@@ -67,6 +68,7 @@ def evaluate(
         guidance_scale: in [1, 20].
         dtype: "float32", or "bfloat16": generation (not the autoencoder's figures) runs under autocast.
         batch_size: clips at once, >= 1.
+        bootstrap: drawn pairs of sets for the intervals of distances over all scenes, >= 2; 0 = no intervals.
         out: JSON file, written anew after every part, so that an interrupted evaluation keeps what it has.
         samples: folder for one picture per scene, a few clips in rows: real, reconstruction, prediction, samples.
         progress: show a bar on stderr.
@@ -88,6 +90,7 @@ def evaluate(
         guidance_scale=guidance_scale,
         dtype=dtype,
         batch_size=batch_size,
+        bootstrap=bootstrap,
     )
     settings.check(pipe)
     strips = SampleStrips()
@@ -174,8 +177,13 @@ def distances(features: torch.Tensor, real: torch.Tensor, settings: Settings) ->
     """Frechet distance of all scenes pooled, and scene by scene; the rows of both are in the order of `clip_batches`."""
     size = settings.num_clips
     each = zip(settings.scenes, features.split(size), real.split(size), strict=True)
+    interval = {}
+    if settings.bootstrap:
+        low, high = bootstrap_interval(features, real, num_draws=settings.bootstrap, seed=settings.seed)
+        interval["frechet_distance_interval"] = [low, high]
     return {
         "frechet_distance": frechet_distance(features, real),
+        **interval,
         "scenes": {scene: {"frechet_distance": frechet_distance(rows, others)} for scene, rows, others in each},
     }
 
@@ -214,7 +222,7 @@ def format_report(report: dict) -> str:
         rows = [[scene, values["psnr_db"]] for scene, values in autoencoder["scenes"].items()]
         rows += [["mean", autoencoder["mean_psnr_db"]]]
         rows += [[f"lowest: {autoencoder['lowest_scene']}", autoencoder["lowest_psnr_db"]]]
-        blocks.append(_table("Autoencoder", ["PSNR dB"], rows))
+        blocks.append(format_table("Autoencoder", ["PSNR dB"], rows))
     for gap, prediction in report.get("prediction", {}).items():
         columns = ["prediction_psnr_db", "ceiling_psnr_db", "repeat_psnr_db", "below_ceiling_db", "above_repeat_db"]
         rows = list(prediction["scenes"].items())
@@ -222,19 +230,27 @@ def format_report(report: dict) -> str:
             rows.append(("mean, deterministic", mean))
         title = f"{settings['num_prompt_frames']} frames continued to {settings['num_frames']}, gap {gap}"
         names = ["PSNR dB", "ceiling", "repeating", "below ceiling", "above repeating"]
-        blocks.append(_table(title, names, [[name, *(values[column] for column in columns)] for name, values in rows]))
+        blocks.append(
+            format_table(title, names, [[name, *(values[column] for column in columns)] for name, values in rows])
+        )
     if samples := report.get("samples"):
         columns = {name: _column(samples[name], "frechet_distance") for name in ("floor", "reconstruction")}
         for gap, sampled in samples["gaps"].items():
             columns[f"gap {gap}"] = _column(sampled, "frechet_distance")
             columns[f"ratio {gap}"] = _column(sampled, "ratio_to_floor")
         rows = list(zip(["all scenes", *settings["scenes"]], *columns.values(), strict=True))
-        blocks.append(_table("Samples from nothing, Frechet distance", list(columns), rows))
+        spread = {name: samples[name] for name in ("floor", "reconstruction")}
+        spread |= {f"gap {gap}": sampled for gap, sampled in samples["gaps"].items()}
+        intervals = {name: figures.get("frechet_distance_interval") for name, figures in spread.items()}
+        if all(intervals.values()):
+            ends = {name: f"{low:.2f}..{high:.2f}" for name, (low, high) in intervals.items()}
+            rows.append(["all, 95 % interval", *(ends.get(column, "") for column in columns)])
+        blocks.append(format_table("Samples from nothing, Frechet distance", list(columns), rows))
     if counts := report.get("counts"):
         rows = [
             [f"gap {gap}", row["frame_evaluations"], row["expected_frame_evaluations"]] for gap, row in counts.items()
         ]
-        blocks.append(_table("Frame evaluations of a clip", ["measured", "expected"], rows))
+        blocks.append(format_table("Frame evaluations of a clip", ["measured", "expected"], rows))
     if report.get("targets"):
         rows = []
         for target in report["targets"]:
@@ -242,7 +258,7 @@ def format_report(report: dict) -> str:
             rows.append(
                 [target["target"], target["value"], f"{limit} {target['unit']}", "met" if target["met"] else "MISSED"]
             )
-        blocks.append(_table("Targets", ["value", "limit", ""], rows))
+        blocks.append(format_table("Targets", ["value", "limit", ""], rows))
     return "\n\n".join(blocks)
 
 
@@ -251,7 +267,8 @@ def _column(figures: dict, name: str) -> list[float]:
     return [figures[name], *(values[name] for values in figures["scenes"].values())]
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
+def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
+    """Lines of plain text: the title and the columns' names, then the rows; numbers with two decimals."""
     lines = [[title, *columns], *rows]
     texts = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
     widths = [max(len(text) for text in column) for column in zip(*texts, strict=True)]

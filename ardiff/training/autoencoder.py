@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ardiff.data.clips import SceneClips, ShuffledFrames, VideoFolderClips, step_generator
+from ardiff.data.benchmarks import open_set
+from ardiff.data.clips import SceneClips, ShuffledFrames, VideoClips, step_generator
 from ardiff.data.pixels import to_pixels, to_uint8
 from ardiff.data.scenes import SCENES
 from ardiff.data.video import write_video
@@ -50,13 +51,13 @@ PRESETS = {
 }  # fmt: skip
 
 
-def clip_dataset(config: TrainingConfig, batch_size: int, rank: int) -> SceneClips | VideoFolderClips:
+def clip_dataset(config: TrainingConfig, batch_size: int, rank: int) -> SceneClips | VideoClips:
     """The clips a training configuration asks for."""
     if config.data == "scenes":
         return SceneClips(SCENES, batch_size, config.num_frames, config.image_size, config.seed, rank)
-    return VideoFolderClips(
-        config.data, batch_size, config.num_frames, config.image_size, config.seed, rank, stride=config.stride
-    )
+    found = open_set(config.data)
+    sizes = batch_size, config.num_frames, config.image_size, config.seed
+    return VideoClips(found.videos, found.class_names, *sizes, rank, config.stride)
 
 
 @torch.no_grad()

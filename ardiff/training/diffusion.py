@@ -11,7 +11,8 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 
-from ardiff.data.clips import step_generator
+from ardiff.data.clips import RandomClips, SceneClips, step_generator
+from ardiff.data.latents import LatentClips, check_autoencoder
 from ardiff.data.pixels import to_pixels
 from ardiff.models.autoencoder_arvae import AutoencoderARVAE
 from ardiff.models.transformer_ardiff import ARDiffTransformerModel
@@ -98,6 +99,14 @@ def draw_timesteps(
     return torch.where(choice < config.synchronous_share, synchronous, timesteps)
 
 
+def training_clips(config: DiffusionTrainingConfig) -> RandomClips | SceneClips:
+    """The clips that `data` asks for: tokens of `latents:FOLDER`, or frames."""
+    kind, _, folder = config.data.partition(":")
+    if kind == "latents":
+        return LatentClips(folder, config.batch_size, config.num_frames, config.seed, stride=config.stride)
+    return clip_dataset(config, config.batch_size, rank=0)
+
+
 def train_diffusion(config: DiffusionTrainingConfig) -> Path:
     """Train, or go on where the run folder stands; returns the folder of the pipeline (`<out>/pipeline`)."""
     vae = AutoencoderARVAE.from_pretrained(config.vae, dtype=torch.float32).eval().requires_grad_(False)
@@ -107,7 +116,11 @@ def train_diffusion(config: DiffusionTrainingConfig) -> Path:
         )
     torch.random.default_generator.manual_seed(config.seed)
     scheduler = ADScheduler(prediction_type=config.prediction_type)
-    class_names = list(clip_dataset(config, 1, 0).class_names)
+    clips = training_clips(config)
+    class_names = list(clips.class_names)
+    cached = isinstance(clips, LatentClips)
+    if cached:
+        check_autoencoder(clips.folder, vae)
     transformer = ARDiffTransformerModel(
         num_tokens=vae.num_tokens,
         in_channels=vae.config.latent_channels,
@@ -123,10 +136,13 @@ def train_diffusion(config: DiffusionTrainingConfig) -> Path:
     run = TrainingRun(config, transformer.train())
     device, rank = run.accelerator.device, run.accelerator.process_index
     vae.to(device)
-    for frames, labels in run.loader(clip_dataset(config, config.batch_size, rank), run.step, config.num_steps):
+    clips.rank = rank
+    for clean, labels in run.loader(clips, run.step, config.num_steps):
         generator = step_generator(config.seed, run.step, rank)
-        with torch.no_grad(), run.accelerator.autocast():
-            clean = vae.encode(to_pixels(frames.to(device))).mode().float()
+        clean = clean.to(device)
+        if not cached:
+            with torch.no_grad(), run.accelerator.autocast():
+                clean = vae.encode(to_pixels(clean)).mode().float()
         clean = clean.repeat(config.draws_per_clip, 1, 1, 1)
         labels = labels.repeat(config.draws_per_clip)
         dropped = torch.rand(len(labels), generator=generator) < config.class_dropout

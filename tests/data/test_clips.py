@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from ardiff.data.clips import FIRST_TRAINING_SEED, SceneClips, ShuffledFrames, VideoFolderClips, step_generator
+from ardiff.data.benchmarks import open_set
+from ardiff.data.clips import FIRST_TRAINING_SEED, SceneClips, ShuffledFrames, VideoClips, step_generator
 from ardiff.data.pixels import to_pixels, to_uint8
-from ardiff.data.video import read_video, write_video
+from ardiff.data.video import write_video
 
 
 def test_a_step_can_be_replayed_alone():
@@ -72,17 +73,17 @@ def test_a_folder_of_videos(tmp_path):
         write_video(
             list(torch.randint(256, (6, 32, 32, 3), generator=generator, dtype=torch.uint8).numpy()), tmp_path / name
         )
-    clips = VideoFolderClips(tmp_path, batch_size=4, num_frames=3, size=16, seed=0)
+    found = open_set(str(tmp_path))
+    clips = VideoClips(found.videos, found.class_names, batch_size=4, num_frames=3, size=16, seed=0)
     frames, labels = clips[0]
     assert clips.class_names == ("a", "b")
     assert frames.shape == (4, 3, 16, 16, 3)
     for clip, label in zip(frames, labels.tolist(), strict=True):
-        whole = torch.from_numpy(read_video(tmp_path / ("a/one.mp4", "b/two.mp4")[label], size=16))
+        whole = torch.from_numpy(found.videos[label].read(16))
         assert any(torch.equal(clip, whole[start : start + 3]) for start in range(4))
-    with pytest.raises(ValueError, match=r"at least 7 frames \(stride 1\); .* has 6"):
-        _ = VideoFolderClips(tmp_path, batch_size=1, num_frames=7, size=16, seed=0)[0]
-    with pytest.raises(ValueError, match="`data` must be a folder with video files"):
-        VideoFolderClips(tmp_path / "c", batch_size=1, num_frames=3, size=16, seed=0)
+    longer = VideoClips(found.videos, found.class_names, batch_size=1, num_frames=7, size=16, seed=0)
+    with pytest.raises(ValueError, match=r"at least 7 frames \(stride 1\).*none can be used; .* has 6"):
+        _ = longer[0]
 
 
 def test_pixels_round_trip():

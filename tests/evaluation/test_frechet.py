@@ -4,7 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from ardiff.evaluation.frechet import frechet_distance, gaussian_distance
+from ardiff.evaluation.frechet import bootstrap_interval, frechet_distance, gaussian_distance
 
 
 def draw(generator: torch.Generator, num_clips: int, num_features: int, scale: float = 1.0) -> torch.Tensor:
@@ -70,6 +70,56 @@ def test_float32_features_are_measured_in_float64(generator):
     a = (draw(generator, 50, 6) * 0.01 + 100.0).float()
     b = (draw(generator, 50, 6) * 0.01 + 100.0).float()
     assert frechet_distance(a, b) == frechet_distance(a.double(), b.double())
+
+
+def test_many_draws_of_known_gaussians_come_to_their_closed_form(generator):
+    factor, other_factor = (torch.randn(5, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    noise, other_noise = (torch.randn(200_000, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    covariances = (factor @ factor.T).numpy(), (other_factor @ other_factor.T).numpy()
+    root = scipy.linalg.sqrtm(scipy.linalg.sqrtm(covariances[0]) @ covariances[1] @ scipy.linalg.sqrtm(covariances[0]))
+    expected = 9.0 * 5 + (covariances[0] + covariances[1] - 2 * root.real).trace()
+    found = frechet_distance(noise @ factor.T, other_noise @ other_factor.T + 3.0)
+    assert found == pytest.approx(float(expected), rel=0.01)
+
+
+def test_interval_is_as_wide_as_the_distances_of_new_sets_vary(generator):
+    def sets():
+        return [torch.randn(150, 4, generator=generator, dtype=torch.float64) + shift for shift in (0.0, 0.5)]
+
+    distances, widths = [], []
+    for _ in range(60):
+        a, b = sets()
+        low, high = bootstrap_interval(a, b, num_draws=60)
+        distances.append(frechet_distance(a, b))
+        assert low <= distances[-1] <= high
+        widths.append(high - low)
+    expected = 2 * 1.96 * float(torch.tensor(distances).std())
+    assert sum(widths) / len(widths) == pytest.approx(expected, rel=0.25)
+
+
+def test_interval_lies_around_the_distance_though_drawn_sets_are_farther_apart(generator):
+    a, b = (torch.randn(24, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    distance, (low, high) = frechet_distance(a, b), bootstrap_interval(a, b)
+    assert 0.2 * (high - low) < distance - low < 0.8 * (high - low)
+
+
+def test_interval_draws_clips_with_all_their_frames(generator):
+    a, b = draw(generator, 40, 3), draw(generator, 40, 3)
+    repeated = a[:, None].expand(-1, 8, -1), b[:, None].expand(-1, 8, -1)
+    low, high = bootstrap_interval(a, b, seed=3)
+    assert bootstrap_interval(a, b, seed=3) == (low, high)
+    assert bootstrap_interval(a, b, seed=4) != (low, high)
+    # Eight equal frames of a clip tell no more than one: an interval of 320 free vectors would be far narrower.
+    clips_low, clips_high = bootstrap_interval(*repeated, seed=3)
+    assert clips_high - clips_low == pytest.approx(high - low, rel=0.05)
+    loose_low, loose_high = bootstrap_interval(*(vectors.flatten(0, 1) for vectors in repeated), seed=3)
+    assert loose_high - loose_low < 0.6 * (high - low)
+
+
+@pytest.mark.parametrize(("num_draws", "level"), [(1, 0.95), (10, 0.0), (10, 1.0)])
+def test_interval_refuses_what_has_none(num_draws, level):
+    with pytest.raises(ValueError, match="`num_draws` must be at least 2 and `level` in"):
+        bootstrap_interval(torch.zeros(3, 2), torch.zeros(3, 2), num_draws=num_draws, level=level)
 
 
 @pytest.mark.parametrize(

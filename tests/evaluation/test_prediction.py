@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from ardiff.evaluation.prediction import (
     psnr,
     render_excerpts,
     render_openings,
+    ssim,
 )
 
 
@@ -213,3 +215,61 @@ def test_only_deterministic_scenes_are_averaged(tiny_pipeline, bar, monkeypatch)
     assert report["mean_of_deterministic_scenes"] == report["scenes"]["sunset"]
     monkeypatch.setattr("ardiff.evaluation.prediction.DETERMINISTIC", ())
     assert measure_prediction(tiny_pipeline, SETTINGS, 1, bar, Shown().add)["mean_of_deterministic_scenes"] == {}
+
+
+# --- SSIM ---------------------------------------------------------------------------------------------------------
+
+
+def test_ssim_of_flat_frames_has_a_closed_form():
+    flat = np.full((3, 2, 16, 20, 3), 100, dtype=np.uint8)
+    other = np.stack([np.full_like(flat[0], value) for value in (100, 150, 0)])
+    x, y = 100 / 255, np.array([100, 150, 0]) / 255
+    expected = (2 * x * y + 1e-4) / (x * x + y * y + 1e-4)
+    np.testing.assert_allclose(ssim(flat, other), expected, atol=1e-4)
+
+
+def test_ssim_equals_the_formula_with_scipys_filter(generator):
+    frames = torch.randint(256, (2, 2, 24, 20, 3), generator=generator, dtype=torch.uint8).numpy()
+    reference = torch.randint(256, frames.shape, generator=generator, dtype=torch.uint8).numpy()
+    reference[0] = frames[0] // 2 + 30
+    offsets = np.arange(11) - 5.0
+    window = np.exp(-(offsets**2) / 4.5)
+    window /= window.sum()
+
+    def blur(picture):
+        for axis in (0, 1):
+            picture = scipy.ndimage.correlate1d(picture, window, axis=axis)
+        return picture[5:-5, 5:-5]
+
+    for clip in range(2):
+        values = []
+        for frame, channel in np.ndindex(2, 3):
+            x, y = (each[clip, frame, :, :, channel] / 255.0 for each in (frames, reference))
+            mx, my, vx, vy, cov = blur(x), blur(y), blur(x * x), blur(y * y), blur(x * y)
+            vx, vy, cov = vx - mx**2, vy - my**2, cov - mx * my
+            values.append(
+                ((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))).mean()
+            )
+        assert ssim(frames, reference)[clip] == pytest.approx(np.mean(values), abs=1e-5)
+
+
+def test_ssim_refuses_what_it_cannot_compare():
+    frames = np.zeros((1, 1, 10, 32, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="`frames` must have at least 11 x 11 pixels"):
+        ssim(frames, frames)
+    with pytest.raises(ValueError, match="`reference` must have the shape"):
+        ssim(frames, frames[:, :, :5])
+    with pytest.raises(ValueError, match="must be uint8 but are float64"):
+        ssim(frames.astype(float), frames)
+
+
+def test_prediction_reports_ssim_beside_psnr(tiny_pipeline, bar):
+    shown = Shown()
+    report = measure_prediction(tiny_pipeline, SETTINGS, 1, bar, shown.add)
+    for scene in ("balls", "sunset"):
+        values = []
+        for index in range(2):
+            real = render_openings([HeldOutClip(scene=scene, index=index, seed=0)], 32)
+            values.append(ssim(shown["prediction, gap 1", scene, index][0][None, 4:], real[:, 4:])[0])
+        assert report["scenes"][scene]["prediction_ssim"] == pytest.approx(np.mean(values), abs=1e-3)
+        assert -1 <= report["scenes"][scene]["repeat_ssim"] <= 1

@@ -16,6 +16,7 @@ ARGUMENTS = {
     "prediction_gaps": (1,),
     "num_inference_steps": 3,
     "batch_size": 3,
+    "bootstrap": 10,
     "progress": False,
 }
 
@@ -49,6 +50,8 @@ def test_report_is_whole_saved_as_json_and_drawn(tiny_pipeline, tmp_path):
     assert list(report["samples"]["gaps"]) == ["0", "1", "3"]
     for sampled in report["samples"]["gaps"].values():
         assert sampled["ratio_to_floor"] == sampled["frechet_distance"] / floor["frechet_distance"]
+        low, high = sampled["frechet_distance_interval"]
+        assert 0 <= low <= sampled["frechet_distance"] <= high
         for scene in ("balls", "sunset"):
             distance, reference = sampled["scenes"][scene], floor["scenes"][scene]
             assert distance["ratio_to_floor"] == distance["frechet_distance"] / reference["frechet_distance"]
@@ -68,6 +71,7 @@ def test_report_is_whole_saved_as_json_and_drawn(tiny_pipeline, tmp_path):
     assert marked == [True] * 4 + [False] * 12
 
     table = format_report(report)
+    assert len([line for line in table.splitlines() if line.startswith("all, 95 % interval")]) == 1
     for text in ("Autoencoder", "4 frames continued to 16, gap 1", "ratio 3", "mean, deterministic", "MISSED"):
         assert text in table
     for value in (floor["frechet_distance"], report["samples"]["gaps"]["3"]["scenes"]["sunset"]["ratio_to_floor"]):
@@ -179,6 +183,7 @@ def test_targets_of_parts_that_are_missing_are_left_out():
         ({"scenes": ["balls", "balls"]}, "`scenes` must hold at least one entry, each once"),
         ({"num_clips": 1}, r"`num_clips` must be in \[2, 10000\] but is 1"),
         ({"seed": -1}, r"`seed` must be in \[0, 2000\] but is -1"),
+        ({"bootstrap": 1}, "`bootstrap` must be 0 or at least 2 but is 1"),
         ({"batch_size": 0}, r"`batch_size` must be in \[1, 10000\] but is 0"),
         ({"dtype": "float16"}, "`dtype` must be one of float32, bfloat16 but is 'float16'"),
         ({"gaps": ()}, r"`gaps` must hold at least one entry, each once, but is \[\]"),
