@@ -171,6 +171,11 @@ def _forward_again(forward: Callable, *args: object) -> object:
     return checkpoint(forward, *args, use_reentrant=False)
 
 
+def is_death_of_worker(error: BaseException | None) -> bool:
+    """Whether an error is PyTorch's of a data process that is gone."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that FSDP spread over the processes, which all must call this; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -249,12 +254,13 @@ class TrainingRun:
         self._sums: dict[str, torch.Tensor] = {}
         self._num_updates = 0
         self._flops = self._frames = 0
+        self._precise = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         self._resume()
         if config.log_with:
             # Figures past the checkpoint are written again; TensorBoard shows the last ones.
             self.accelerator.init_trackers("tensorboard")
-        self._started = self._interval_started = time.monotonic()
-        self._untimed, self._interval_first = 0.0, self.step
+        self._started = time.monotonic()
+        self._interval_started = None  # the first step waits for the first data; the clock starts after it
         self._bar = tqdm(
             total=config.num_steps, initial=self.step, disable=not self.accelerator.is_main_process, smoothing=0.05,
             mininterval=5.0, desc=self.folder.name,
@@ -270,7 +276,7 @@ class TrainingRun:
         if isinstance(error, OSError | SafetensorError):
             file, reason = getattr(error, "filename", None) or "A file", getattr(error, "strerror", None) or error
             raise TrainingError(f"{file} could not be read or written: {reason}. {self._last_good()}") from error
-        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        if is_death_of_worker(error):
             raise TrainingError(
                 f"A data process died after step {self.step}, most often for want of memory: fewer `num_workers` need less. "
                 f"{self._last_good()}"
@@ -300,7 +306,12 @@ class TrainingRun:
             self.step, self._seconds_before = progress["step"], progress["seconds"]
             self._num_updates = progress.get("num_updates", 0)
             sums = progress.get("sums", {}).items()
-            self._sums = {name: torch.tensor(total, device=self.accelerator.device) for name, total in sums}
+            self._sums = {
+                name: torch.tensor(
+                    total, device=self.accelerator.device, dtype=self._precise if name == "loss_square" else None
+                )
+                for name, total in sums
+            }
         if not self.accelerator.is_main_process:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -377,7 +388,7 @@ class TrainingRun:
         """
         config = self.config
         self.accelerator.backward(loss)
-        self._add(loss=loss, loss_square=loss.detach().float().square(), **figures)
+        self._add(loss=loss, loss_square=loss.detach().to(self._precise).square(), **figures)
         if by_timestep is not None:
             self._add(error_sums=by_timestep[0], error_counts=by_timestep[1])
         self._num_updates += 1
@@ -400,6 +411,8 @@ class TrainingRun:
         self._sums["grad_norm_max"] = torch.maximum(self._sums.get("grad_norm_max", norm), norm)
         if self.step % config.log_every == 0 or self.step == config.num_steps:
             self._log()
+        if self._interval_started is None:
+            self._untimed, self._interval_started, self._interval_first = 0.0, time.monotonic(), self.step
         self._bar.update()
         if self.step % config.checkpoint_every == 0 or self.step == config.num_steps:
             self.checkpoint()
@@ -416,7 +429,8 @@ class TrainingRun:
             mean = float(self._sums[name]) / self._num_updates if name in self._sums else 0.0
             if not math.isfinite(mean):
                 raise TrainingError(
-                    f"The {what} became {mean} by step {self.step}; {self._last_good()} Lower `learning_rate` first."
+                    f"The {what} became {mean} by step {self.step}: `learning_rate` is too high, or the data are no numbers. "
+                    f"{self._last_good()}"
                 )
 
     def _log(self) -> None:
@@ -447,7 +461,7 @@ class TrainingRun:
 
     def _speed(self) -> dict[str, float]:
         """Frames a second of all processes, and model FLOP utilisation of a device, since the last line; see `untimed`."""
-        if not self._frames:
+        if not self._frames or self._interval_started is None:
             return {}
         seconds = time.monotonic() - self._interval_started - self._untimed
         rate = (self.step - self._interval_first) * self.config.accumulation_steps / seconds
@@ -479,7 +493,7 @@ class TrainingRun:
         with self.untimed():
             self._share_sums()
             if not all(bool(full_tensor(parameter.isfinite().all())) for parameter in self.parameters):
-                raise TrainingError(f"Weights are no numbers after step {self.step}; {self._last_good()}")
+                raise TrainingError(f"Weights are no numbers after step {self.step}. {self._last_good()}")
             try:
                 self.accelerator.save_state(str(partial_folder))
                 if self.accelerator.is_main_process:
@@ -500,6 +514,8 @@ class TrainingRun:
                         shutil.rmtree(broken)
             except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
                 shutil.rmtree(partial_folder, ignore_errors=True)
+                if is_death_of_worker(error):  # a signal, which comes at any time
+                    raise
                 raise TrainingError(
                     f"The checkpoint of step {self.step} could not be written, most often because the disk is full "
                     f"({' '.join(str(error).split())[:200]}). {self._last_good()}"
@@ -534,5 +550,7 @@ class TrainingRun:
         shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:
+        """End the bar and the log. Processes stay connected: another run may follow."""
         self._bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
