@@ -243,10 +243,11 @@ def add_autoencoder_options(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser, AutoencoderTrainingConfig, sorted(PRESETS))
 
 
-def run_train_autoencoder(args: argparse.Namespace) -> None:
+def run_train_autoencoder(args: argparse.Namespace) -> int:
     from ardiff.training.autoencoder import AutoencoderTrainingConfig, preset, train_autoencoder
 
-    train_autoencoder(preset(args.preset, **given_options(args, AutoencoderTrainingConfig)))
+    config = preset(args.preset, **given_options(args, AutoencoderTrainingConfig))
+    return run_training(train_autoencoder, config)
 
 
 def add_diffusion_options(parser: argparse.ArgumentParser) -> None:
@@ -255,10 +256,26 @@ def add_diffusion_options(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser, DiffusionTrainingConfig, sorted(PRESETS))
 
 
-def run_train(args: argparse.Namespace) -> None:
+def run_train(args: argparse.Namespace) -> int:
     from ardiff.training.diffusion import DiffusionTrainingConfig, preset, train_diffusion
 
-    train_diffusion(preset(args.preset, **given_options(args, DiffusionTrainingConfig)))
+    return run_training(train_diffusion, preset(args.preset, **given_options(args, DiffusionTrainingConfig)))
+
+
+def run_training(train: Callable, config: object) -> int:
+    """0, or 1 after one line on stderr where the run ended before its last step."""
+    from ardiff.training.loop import TrainingError
+
+    try:
+        train(config)
+    except TrainingError as error:
+        print(f"ardiff: {error}", file=sys.stderr)
+        return 1
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
 
 
 def add_config_options(parser: argparse.ArgumentParser, config_class: type, presets: Sequence[str]) -> None:

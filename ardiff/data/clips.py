@@ -290,6 +290,15 @@ class ShuffledFrames(Dataset):
         self.num_pictures = round(num_clip_frames * picture_share / (1.0 - picture_share))
         self.num_batches = (num_clip_frames + self.num_pictures) // batch_size
 
+    @property
+    def rank(self) -> int:
+        """The part of a step that the clips are drawn for."""
+        return self.clips.rank
+
+    @rank.setter
+    def rank(self, rank: int) -> None:
+        self.clips.rank = rank
+
     def __getitem__(self, chunk: int) -> torch.Tensor:
         frames = self.clips[chunk][0].flatten(0, 1)
         generator = step_generator(self.clips.seed + 1, chunk, self.clips.rank)

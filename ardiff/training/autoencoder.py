@@ -1,14 +1,17 @@
 """Training of the AR-VAE in two stages (AR-Diffusion section 3.2).
 
 Stage "frames": encoder and decoder on single frames. Stage "decoder": the encoder is frozen, so latents do not change any
-more, and the decoder learns to use the frames before. Losses: `losses.reconstruction_loss` and a small KL term.
+more, and the decoder learns to use the frames before. Losses: pixels, a small KL term, and where asked
+for a perceptual and an adversarial one.
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from ardiff.data.benchmarks import open_set
 from ardiff.data.clips import SceneClips, ShuffledFrames, VideoClips, step_generator
@@ -16,8 +19,10 @@ from ardiff.data.pixels import to_pixels, to_uint8
 from ardiff.data.scenes import SCENES
 from ardiff.data.video import write_video
 from ardiff.models.autoencoder_arvae import AutoencoderARVAE
-from ardiff.training.loop import TrainingConfig, TrainingRun, option
-from ardiff.training.losses import reconstruction_loss
+from ardiff.training.adversarial import Adversary
+from ardiff.training.loop import PartsOfSteps, TrainingConfig, TrainingRun, option
+from ardiff.training.losses import PIXEL_LOSSES, reconstruction_loss
+from ardiff.training.perceptual import PerceptualLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,16 @@ class AutoencoderTrainingConfig(TrainingConfig):
     width: int = option(192, "token width")
     kl_weight: float = option(4e-4, "weight of the KL term")
     picture_share: float = option(0.15, "share of generic pictures among the frames of stage 'frames'")
+    pixel_loss: str = option("mixed", "'mixed' (L1 + 2 L2 + L1 of the gradients) or 'l1'")
+    perceptual_weight: float = option(1.0, "weight of the perceptual loss, where `perceptual_vgg` is given")
+    perceptual_vgg: str = option(
+        "", "file with torchvision's VGG-16 (state dict or safetensors); '' = no perceptual loss"
+    )
+    perceptual_heads: str = option(
+        "", "file with the linear layers of LPIPS for VGG; '' = all channels count the same"
+    )
+    adversarial_weight: float = option(0.0, "weight of the adversarial loss; 0 = none")
+    adversarial_start: int = option(0, "step from which on the discriminator takes part")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,6 +54,15 @@ class AutoencoderTrainingConfig(TrainingConfig):
             raise ValueError("`init_from` must name a trained autoencoder folder for stage 'decoder' but is empty.")
         if not 0.0 <= self.picture_share < 1.0:
             raise ValueError(f"`picture_share` must be in [0, 1) but is {self.picture_share}.")
+        if self.pixel_loss not in PIXEL_LOSSES:
+            raise ValueError(f"`pixel_loss` must be 'mixed' or 'l1' but is {self.pixel_loss!r}.")
+        for name in ("perceptual_weight", "adversarial_weight", "adversarial_start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be >= 0 but is {getattr(self, name)}.")
+        if self.perceptual_heads and not self.perceptual_vgg:
+            raise ValueError("`perceptual_heads` must come with `perceptual_vgg`, which is empty.")
+        if self.adversarial_weight and self.image_size < 32:
+            raise ValueError(f"`image_size` must be at least 32 with an adversarial loss but is {self.image_size}.")
 
 
 PRESETS = {
@@ -82,52 +106,79 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> Path:
         for part in encoder_parts:
             part.requires_grad_(False)
         vae.encoder_queries.requires_grad_(False)
-    run = TrainingRun(config, vae.train())
-    rank = run.accelerator.process_index
-    if frames_only:
-        clips = clip_dataset(config, max(64, config.batch_size // config.num_frames), rank)
-        dataset = ShuffledFrames(clips, config.batch_size, config.picture_share)
-        per_item = dataset.num_batches
-    else:
-        dataset, per_item = clip_dataset(config, config.batch_size, rank), 1
-    for item in run.loader(dataset, run.step // per_item, -(-config.num_steps // per_item)):
-        batches = item[run.step % per_item :] if frames_only else [item[0]]
-        for batch in batches:
-            if run.step >= config.num_steps:
-                break
-            frames = to_pixels(batch.to(run.accelerator.device))
-            generator = step_generator(config.seed, run.step, rank)
-            reconstruction, posterior = run.model(frames, generator=generator, train_encoder=frames_only)
-            pixels = reconstruction_loss(reconstruction, frames)
-            kl = posterior.kl()
-            mse = (reconstruction.detach().float() - frames).square().mean()
-            loss = pixels + config.kl_weight * kl if frames_only else pixels
-            if run.update(loss, pixels=pixels, kl=kl, psnr=-10.0 * torch.log10(mse / 4.0)):
-                export_autoencoder(run, frames)
-    run.close()
+    perceptual = PerceptualLoss(config.perceptual_vgg, config.perceptual_heads) if config.perceptual_vgg else None
+    adversary = None
+    if config.adversarial_weight:
+        adversary = Adversary(config.adversarial_weight, config.adversarial_start, config.learning_rate, config.seed)
+    with TrainingRun(config, vae.train(), adversary) as run:
+        device = run.accelerator.device
+        if perceptual is not None:
+            perceptual.to(device)
+        if frames_only:
+            clips = clip_dataset(config, max(64, config.batch_size // config.num_frames), rank=0)
+            dataset = ShuffledFrames(clips, config.batch_size, config.picture_share)
+            per_item, shape = dataset.num_batches, (config.batch_size, 1)
+        else:
+            dataset = clip_dataset(config, config.batch_size, rank=0)
+            per_item, shape = 1, (config.batch_size, config.num_frames)
+        run.measure(math.prod(shape), lambda model: empty_pass(model, *shape, train_encoder=frames_only))
+        parts_of_steps = PartsOfSteps(run.parts, dataset)
+        for parts in run.loader(parts_of_steps, run.step // per_item, -(-config.num_steps // per_item)):
+            for index in range(run.step % per_item, min(per_item, run.step % per_item + config.num_steps - run.step)):
+                for part, (item,) in zip(run.parts, parts, strict=True):
+                    frames = to_pixels((item[index] if frames_only else item[0]).to(device))
+                    generator = step_generator(config.seed, run.step, part)
+                    with run.accumulate():
+                        reconstruction, posterior = run.model(frames, generator=generator, train_encoder=frames_only)
+                        if config.pixel_loss == "l1":
+                            loss = F.l1_loss(reconstruction.float(), frames)
+                        else:
+                            loss = reconstruction_loss(reconstruction, frames)
+                        figures = {"pixels": loss, "kl": posterior.kl()}
+                        if perceptual is not None:
+                            figures["perceptual"] = perceptual(reconstruction, frames)
+                            loss = loss + config.perceptual_weight * figures["perceptual"]
+                        if adversary is not None and run.step >= config.adversarial_start:
+                            added, figures["discriminator"] = adversary.losses(loss, reconstruction, frames)
+                            figures["adversarial"] = added
+                            loss = loss + added
+                        if frames_only:
+                            loss = loss + config.kl_weight * figures["kl"]
+                        mse = (reconstruction.detach().float() - frames).square().mean()
+                        due = run.update(loss, psnr=-10.0 * torch.log10(mse / 4.0), **figures)
+                if due:
+                    export_autoencoder(run, frames)
+        run.close()
     return run.folder / "vae"
+
+
+def empty_pass(model: AutoencoderARVAE, batch_size: int, num_frames: int, *, train_encoder: bool) -> torch.Tensor:
+    """A pass of the model on the device "meta", for counting; a scalar."""
+    size = model.config.image_size
+    return model(torch.empty(batch_size, num_frames, 3, size, size, device="meta"), train_encoder=train_encoder)[
+        0
+    ].sum()
 
 
 def export_autoencoder(run: TrainingRun, frames: torch.Tensor) -> None:
     """Write the averaged model to `<out>/vae` and a strip (input above, reconstruction below) to `samples/`."""
-    if not run.accelerator.is_main_process:
-        return
-    run.swap_in_average()
-    vae = run.network
-    if run.config.stage == "frames":
-        # The statistics make the exported latents unit-variance; training itself goes on with the raw tokens.
-        mean, std = measure_latents(vae, frames)
-        vae.register_to_config(latents_mean=mean, latents_std=std)
-    vae.save_pretrained(run.folder / "vae")
-    strip = frames.flatten(0, 1)[:16]
-    with torch.no_grad():
-        drawn = vae.decode(vae.encode(strip[:, None]).mode())[:, 0]
-    if run.config.stage == "frames":
-        vae.register_to_config(latents_mean=None, latents_std=None)
-    run.swap_out_average()
-    pair = torch.cat([to_uint8(strip), to_uint8(drawn)], dim=1).cpu().numpy()
-    write_video(list(pair), run.folder / "samples" / f"step-{run.step:08d}.png")
-    (run.folder / "progress.json").write_text(json.dumps({"step": run.step, "minutes": run.seconds / 60}) + "\n")
+    with run.untimed():
+        vae = run.averaged()
+        if vae is None:
+            return
+        strip = frames.flatten(0, 1)[:16]
+        with torch.no_grad():
+            drawn = vae.decode(vae.encode(strip[:, None]).mode())[:, 0]
+        if run.config.stage == "frames":
+            # The statistics make the exported latents unit-variance; training itself goes on with the raw tokens.
+            mean, std = measure_latents(vae, frames)
+            vae.register_to_config(latents_mean=mean, latents_std=std)
+        with run.publish("vae") as folder:
+            vae.save_pretrained(folder)
+        pair = torch.cat([to_uint8(strip), to_uint8(drawn)], dim=1).cpu().numpy()
+        write_video(list(pair), run.folder / "samples" / f"step-{run.step:08d}.png")
+        progress = {"step": run.step, "minutes": run.seconds / 60}
+        (run.folder / "progress.json").write_text(json.dumps(progress) + "\n")
 
 
 def preset(name: str, **changes: object) -> AutoencoderTrainingConfig:

@@ -4,6 +4,10 @@ import torch
 import torch.nn.functional as F
 
 
+PIXEL_LOSSES = ("mixed", "l1")
+TIMESTEP_RANGES = 10
+
+
 def reconstruction_loss(reconstruction: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """L1 + 2 * L2 + L1 of the image gradients, for pixels (..., height, width) in [-1, 1].
 
@@ -38,3 +42,19 @@ def snr_weight(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, cap: float
     """
     alpha_bar = alphas_cumprod.to(timesteps.device)[timesteps]
     return (1.0 / (1.0 - alpha_bar)).clamp(max=cap)
+
+
+@torch.no_grad()
+def errors_by_timestep(
+    model_output: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the frames' mean squared errors and numbers of frames in equal ranges of the timestep, both (10,) float32.
+
+    Args:
+        model_output, target (torch.Tensor of shape (B, F, L, C)).
+        timesteps (torch.Tensor of shape (B, F)): int64 in [0, `num_train_timesteps`).
+    """
+    error = (model_output.float() - target.float()).square().flatten(2).mean(2)
+    which = timesteps * TIMESTEP_RANGES // num_train_timesteps
+    inside = which[..., None] == torch.arange(TIMESTEP_RANGES, device=which.device)
+    return (error[..., None] * inside).sum((0, 1)), inside.sum((0, 1)).float()

@@ -8,45 +8,15 @@ import time
 
 import pytest
 import torch
+from tiny_training import autoencoder_config, diffusion_config, log_of
 
 from ardiff import ARDiffPipeline, AutoencoderARVAE
 from ardiff.data.video import write_video
-from ardiff.training.autoencoder import AutoencoderTrainingConfig, train_autoencoder
 from ardiff.training.autoencoder import preset as autoencoder_preset
+from ardiff.training.autoencoder import train_autoencoder
 from ardiff.training.diffusion import DiffusionTrainingConfig, draw_timesteps, train_diffusion
 from ardiff.training.diffusion import preset as diffusion_preset
 from ardiff.training.loop import CountFrom
-
-
-TINY = {
-    "image_size": 16, "num_frames": 3, "seed": 5, "warmup_steps": 2, "device": "cpu", "num_workers": 0,
-    "mixed_precision": "no", "log_every": 1,
-}  # fmt: skip
-
-
-def autoencoder_config(folder, **changes):
-    options = TINY | {
-        "out": str(folder), "batch_size": 8, "latent_channels": 4, "width": 24, "num_steps": 4, "checkpoint_every": 2,
-        "sample_every": 4,
-    } | changes  # fmt: skip
-    return AutoencoderTrainingConfig(**options)
-
-
-def diffusion_config(folder, vae, **changes):
-    options = TINY | {
-        "out": str(folder), "vae": str(vae), "batch_size": 2, "width": 32, "depth": 1, "num_heads": 2, "num_steps": 4,
-        "checkpoint_every": 2, "sample_every": 4,
-    } | changes  # fmt: skip
-    return DiffusionTrainingConfig(**options)
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def trained_vae(tmp_path_factory):
-    return train_autoencoder(autoencoder_config(tmp_path_factory.mktemp("autoencoder")))
 
 
 def test_the_autoencoder_learns_and_is_exported(tmp_path):
@@ -86,7 +56,7 @@ def test_diffusion_exports_a_working_pipeline(tmp_path, trained_vae):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_killed_run_goes_on_with_the_same_losses(tmp_path, trained_vae, optimizer):
-    options = {"num_steps": 60, "checkpoint_every": 3, "sample_every": 60, "optimizer": optimizer}
+    options = {"num_steps": 30, "checkpoint_every": 3, "sample_every": 30, "optimizer": optimizer}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     train_diffusion(diffusion_config(straight, trained_vae, **options))
     code = (
@@ -107,7 +77,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(tmp_path, trained_vae, optimi
     train_diffusion(DiffusionTrainingConfig(**json.loads(options)))
     losses = [[(line["step"], line["loss"]) for line in log_of(folder)] for folder in (straight, killed)]
     assert losses[0] == losses[1]
-    assert len(losses[0]) == 60
+    assert len(losses[0]) == 30
 
 
 def test_training_starts_from_a_given_model(tmp_path, trained_vae):
@@ -131,11 +101,6 @@ def test_a_folder_of_videos_trains_too(tmp_path):
     vae = train_autoencoder(autoencoder_config(tmp_path / "vae", picture_share=0.0, **data))
     pipeline = train_diffusion(diffusion_config(tmp_path / "run", vae, **data))
     assert ARDiffPipeline.from_pretrained(pipeline).class_names == ("cats", "dogs")
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_path, trained_vae):
-    with pytest.raises(RuntimeError, match="The loss became nan by step .* last checkpoint .* intact"):
-        train_diffusion(diffusion_config(tmp_path, trained_vae, num_steps=40, learning_rate=1e30, warmup_steps=20))
 
 
 def test_timestep_shares(tmp_path):
