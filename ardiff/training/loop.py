@@ -101,7 +101,7 @@ class TrainingConfig:
             raise ValueError(f"`log_with` must be 'tensorboard' or empty but is {self.log_with!r}.")
         if self.log_with and importlib.util.find_spec("tensorboard") is None:
             raise ValueError(
-                "`log_with` must be empty without the package tensorboard; `python -m pip install 'ardiff[train]'` installs it."
+                "`log_with` must be empty without the package tensorboard; `python -m pip install -e '.[train]'` installs it."
             )
 
 

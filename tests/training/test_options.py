@@ -114,9 +114,7 @@ def test_errors_by_timestep():
 
 def test_tensorboard(tmp_path, trained_vae):
     if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(
-            ValueError, match=r"`log_with` must be empty without the package tensorboard; .*ardiff\[train\]"
-        ):
+        with pytest.raises(ValueError, match=r"`log_with` must be empty without the package tensorboard; .*\[train\]"):
             diffusion_config(tmp_path, trained_vae, log_with="tensorboard")
         return
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
