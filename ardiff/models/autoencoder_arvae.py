@@ -126,6 +126,8 @@ class AutoencoderARVAE(ModelMixin, ConfigMixin):
         latents_mean, latents_std (list of float, length C, or None): statistics of the raw tokens. None = 0 and 1.
     """
 
+    _no_split_modules = ["TokenBlock", "TemporalAttention"]
+
     @register_to_config
     def __init__(
         self,

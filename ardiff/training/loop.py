@@ -101,7 +101,7 @@ class TrainingConfig:
             raise ValueError(f"`log_with` must be 'tensorboard' or empty but is {self.log_with!r}.")
         if self.log_with and importlib.util.find_spec("tensorboard") is None:
             raise ValueError(
-                "`log_with` must be empty without the package tensorboard; `python -m pip install 'ardiff[train]'` installs it."
+                "`log_with` must be empty without the package tensorboard; `python -m pip install -e '.[train]'` installs it."
             )
 
 
@@ -165,10 +165,10 @@ def checkpoint_gradients(model: torch.nn.Module) -> None:
         block.forward = partial(_forward_again, block.forward)
 
 
-def _forward_again(forward: Callable, *args: object) -> object:
+def _forward_again(forward: Callable, *args: object, **options: object) -> object:
     if not torch.is_grad_enabled():
-        return forward(*args)
-    return checkpoint(forward, *args, use_reentrant=False)
+        return forward(*args, **options)
+    return checkpoint(forward, *args, use_reentrant=False, **options)
 
 
 def is_death_of_worker(error: BaseException | None) -> bool:
@@ -227,12 +227,12 @@ class TrainingRun:
             raise ValueError(
                 "FSDP must have a GPU for each of several processes; without that, launch without --use_fsdp."
             )
-        if sharded and (
-            config.optimizer != "adamw"
-            or companion is not None
-            or self.accelerator.state.fsdp_plugin.fsdp_version != 2
-        ):
-            raise ValueError("FSDP must be version 2, with `optimizer` 'adamw' and no adversarial loss.")
+        if sharded and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError("FSDP must be version 2 (`--fsdp_version 2`) but is 1.")
+        if sharded and config.optimizer != "adamw":
+            raise ValueError(
+                f"`optimizer` must be 'adamw' with FSDP, which splits matrices, but is {config.optimizer!r}."
+            )
         self._class, self._options = type(model), {k: v for k, v in model.config.items() if not k.startswith("_")}
         self._trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if config.gradient_checkpointing:

@@ -44,7 +44,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for known, peak in KNOWN_PEAKS.items():
             if known in name:
                 return peak
-    size = 1024 if device.type == "cpu" else 8192
+    size = 512 if device.type == "cpu" else 8192
     factor = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(4):

@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 from PIL import Image
-from tiny_training import diffusion_config, log_of
+from tiny_training import autoencoder_config, diffusion_config, log_of
 
 from ardiff import ARDiffTransformerModel, AutoencoderARVAE
 from ardiff.data.latents import cache_latents
 from ardiff.data.scenes import SCENES, render
 from ardiff.data.video import write_video
+from ardiff.training.autoencoder import train_autoencoder
 from ardiff.training.diffusion import image_source, train_diffusion
 from ardiff.training.loop import checkpoint_gradients, repeated_blocks
 from ardiff.training.losses import errors_by_timestep
@@ -50,12 +51,16 @@ def test_gradients_with_and_without_stored_activations_are_equal(generator):
 
 
 def test_a_run_with_gradient_checkpointing_has_the_same_curve(tmp_path, trained_vae):
-    train_diffusion(diffusion_config(tmp_path / "plain", trained_vae, num_steps=3))
-    train_diffusion(diffusion_config(tmp_path / "checkpointed", trained_vae, num_steps=3, gradient_checkpointing=True))
-    assert curves(tmp_path / "plain") == curves(tmp_path / "checkpointed")
+    for name, options in (("plain", {}), ("checkpointed", {"gradient_checkpointing": True})):
+        train_diffusion(diffusion_config(tmp_path / name / "diffusion", trained_vae, num_steps=2, **options))
+        stage = {"stage": "decoder", "init_from": str(trained_vae), "batch_size": 1, "num_steps": 2}
+        train_autoencoder(autoencoder_config(tmp_path / name / "decoder", **stage, **options))
+    for trained in ("diffusion", "decoder"):
+        assert curves(tmp_path / "plain" / trained) == curves(tmp_path / "checkpointed" / trained)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch itself, while it traces
 def test_a_compiled_run_has_the_same_curve_and_checkpoints(tmp_path, trained_vae):
     train_diffusion(diffusion_config(tmp_path / "plain", trained_vae, num_steps=4))
     compiled = {"compile": True, "num_steps": 4, "gradient_checkpointing": True}
@@ -109,9 +114,7 @@ def test_errors_by_timestep():
 
 def test_tensorboard(tmp_path, trained_vae):
     if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(
-            ValueError, match=r"`log_with` must be empty without the package tensorboard; .*ardiff\[train\]"
-        ):
+        with pytest.raises(ValueError, match=r"`log_with` must be empty without the package tensorboard; .*\[train\]"):
             diffusion_config(tmp_path, trained_vae, log_with="tensorboard")
         return
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
