@@ -565,7 +565,11 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def add_ablate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path("ablation"), metavar="FOLDER", help="resumed where it exists; default: ablation"
+        "--out",
+        type=Path,
+        default=Path("ablation"),
+        metavar="FOLDER",
+        help="resumed where it exists; default: ablation",
     )
     parser.add_argument(
         "--quick", action="store_true", help="the size for two CPU cores and half an hour; default: that for a GPU"
@@ -596,6 +600,45 @@ def run_ablate(args: argparse.Namespace) -> None:
     )
     print(format_table(report))
     for path in plot_ablation(args.out):
+        print(path)
+
+
+def add_plot_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "kinds",
+        nargs="*",
+        metavar="KIND",
+        help="laws of the training timesteps, plans, loss by timestep, gaps (quality against gap), samples; default: all",
+    )
+    parser.add_argument("--out", type=Path, default=Path("plots"), metavar="FOLDER", help="default: plots")
+    parser.add_argument(
+        "--ablation", type=Path, metavar="FOLDER", help="draw the plots of this `ardiff ablate` folder again, into it"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="JSON", help="of `evaluate`, for gaps; default: the model's own"
+    )
+    add_model_options(parser)
+
+
+def run_plot(args: argparse.Namespace) -> None:
+    from ardiff.evaluation.plots import KINDS, plot, plot_ablation
+
+    if args.ablation is not None:
+        paths = plot_ablation(args.ablation)
+    else:
+        kinds, pipe, report = args.kinds or KINDS, None, None
+        if {"loss", "samples"} & set(kinds):
+            from ardiff.pipelines.loading import load_pipeline
+
+            hide_loading_bar()
+            pipe = load_pipeline(args.model, device=args.device)
+        if "gaps" in kinds:
+            from ardiff.pipelines.loading import find_model
+
+            path = args.report or Path(find_model(args.model)) / "evaluation.json"
+            report = json.loads(path.read_text(encoding="utf-8"))
+        paths = plot(kinds, args.out, pipe=pipe, report=report)
+    for path in paths:
         print(path)
 
 
@@ -665,6 +708,11 @@ VERBS = {
         help="train one small model in every way that the paper compares, and measure them alike",
         add_options=add_ablate_options,
         run=run_ablate,
+    ),
+    "plot": Verb(
+        help="draw the laws of training timesteps, plans, losses, quality against gap, and samples",
+        add_options=add_plot_options,
+        run=run_plot,
     ),
     "scenes": Verb(help="write a contact sheet of the scenes", add_options=add_scenes_options, run=run_scenes),
     "demo": Verb(help="serve the studio", add_options=add_demo_options, run=run_demo),

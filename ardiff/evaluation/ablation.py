@@ -60,6 +60,7 @@ CHUNK = 8
 TRAINING_CLIPS_PER_FILE = 32
 LOSS_TIMESTEPS = (10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 990)
 MAX_SEEDS = 10
+VERDICTS = ("better", "worse", "undecided")
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 degrees of freedom
 
 
@@ -295,7 +296,7 @@ def first_of_every_scene(features: torch.Tensor, num_scenes: int, num_clips: int
 
 def train_and_measure(job: Job, configuration: Configuration, seed: int, count: Count) -> None:
     """Train one configuration with one seed and measure it; `result.json` in its folder is written last."""
-    folder, started = job.run_folder(configuration, seed), time.monotonic()
+    folder, started, used = job.run_folder(configuration, seed), time.monotonic(), time.process_time()
     vae = job.load_vae()
     transformer = train(job, vae, configuration, seed, count)
     trained = time.monotonic()
@@ -303,6 +304,7 @@ def train_and_measure(job: Job, configuration: Configuration, seed: int, count: 
     pipe = ARDiffPipeline(vae, transformer.eval(), scheduler)
     figures = measure(job, pipe, folder, count)
     figures |= {"train_seconds": trained - started, "measure_seconds": time.monotonic() - trained}
+    figures["cpu_seconds"] = time.process_time() - used
     transformer.save_pretrained(folder / "transformer")
     write_json({**asdict(configuration), "seed": seed, **figures}, folder / "result.json")
     shutil.rmtree(folder / "checkpoints")
@@ -500,6 +502,9 @@ def ablate(
     (job.out / "data").mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(size)))
     check_settings(job.out / "settings.json", settings)
+    results_file = job.out / "results.json"
+    before = json.loads(results_file.read_text(encoding="utf-8"))["seconds"] if results_file.exists() else 0.0
+    started = time.monotonic()
     runs = [(configuration, seed) for seed in range(num_seeds) for configuration in configurations]
     with Workers(processes, device) as workers, tqdm(unit="frame", unit_scale=True, disable=not progress) as bar:
         bar.total = len(runs) * frame_evaluations(size, CONFIGURATIONS[0])
@@ -521,10 +526,12 @@ def ablate(
         bar.set_description(f"{len(runs) - len(missing)}/{len(runs)} runs")
         bar.reset(bar.total)
         for _ in workers([(train_and_measure, job, *run) for run in missing], bar, counted=True):
-            results = gather(job, runs, command=command, processes=processes)
+            seconds = before + time.monotonic() - started
+            results = gather(job, runs, command=command, processes=processes, seconds=seconds)
             write_tables(results, job.out)
             bar.set_description(f"{len(results['runs'])}/{len(runs)} runs")
-    results = gather(job, runs, command=command, processes=processes)
+    seconds = before + time.monotonic() - started
+    results = gather(job, runs, command=command, processes=processes, seconds=seconds)
     write_tables(results, job.out)
     return results
 
@@ -628,7 +635,9 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 # --- results ----------------------------------------------------------------------------------------------------
 
 
-def gather(job: Job, runs: Sequence[tuple[Configuration, int]], *, command: str, processes: int) -> dict:
+def gather(
+    job: Job, runs: Sequence[tuple[Configuration, int]], *, command: str, processes: int, seconds: float
+) -> dict:
     """All results that there are, what they are compared with, and what they say."""
     size, data = job.size, job.out / "data"
     found = [job.run_folder(*run) / "result.json" for run in runs]
@@ -642,7 +651,7 @@ def gather(job: Job, runs: Sequence[tuple[Configuration, int]], *, command: str,
     report = {
         "command": command,
         "hardware": hardware(job.device, processes),
-        "seconds": sum(result["train_seconds"] + result["measure_seconds"] for result in results) / processes,
+        "seconds": seconds,
         "size": asdict(size),
         "parameters": parameters(job, runs[0][0]),
         "seeds": sorted({seed for _, seed in runs}),
@@ -710,19 +719,21 @@ def interval(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def compare(report: dict) -> list[dict]:
-    """What the base is better or worse at than every other configuration, and asynchronous than synchronous sampling.
+    """Pairs of figures that answer the questions; a difference counts when its 95 % t interval leaves out zero.
 
-    Differences are taken seed by seed; a difference counts when its 95 % t interval leaves out zero.
+    "training": the base against every other configuration, figure by figure. "sampling": long videos at gap 5 and N against
+    synchronous blocks, for every model. "both": the base so against the model of synchronous timesteps in blocks.
+    Differences are taken seed by seed. The intervals are not widened for the number of comparisons.
     """
     runs = {(result["name"], result["seed"]): result for result in report["runs"]}
-    names = list(report["table"])
+    others = [name for name in report["table"] if name != BASE.name]
     every = next(iter(report["table"].values()), {})
-    pairs = [((BASE.name, column), (name, column)) for name in names if name != BASE.name for column in every]
-    long = [column for column in every if column.startswith("64")]
-    pairs += [((name, column), (name, long[0])) for name in names for column in long[1:]]
-    pairs += [((BASE.name, column), ("synchronous", long[0])) for column in long[1:] if "synchronous" in names]
+    blocks, *gaps = (column for column in every if column.startswith("64"))
+    pairs = [("training", (BASE.name, column), (name, column)) for name in others for column in every]
+    pairs += [("sampling", (name, column), (name, blocks)) for column in gaps for name in report["table"]]
+    pairs += [("both", (BASE.name, column), ("synchronous", blocks)) for column in gaps]
     found = []
-    for first, second in pairs:
+    for question, first, second in pairs:
         seeds = [seed for seed in report["seeds"] if (first[0], seed) in runs and (second[0], seed) in runs]
         if len(seeds) < 2:
             continue
@@ -732,9 +743,10 @@ def compare(report: dict) -> list[dict]:
         ]
         row = interval(differences)
         better = row["mean"] > 0 if first[1] == "continuation" else row["mean"] < 0
-        sure = abs(row["mean"]) > row["half_width"]
-        verdict = ("better" if better else "worse") if sure else "undecided"
-        found.append({"first": list(first), "second": list(second), **row, "first_is": verdict})
+        verdict = "undecided"
+        if abs(row["mean"]) > row["half_width"]:
+            verdict = "better" if better else "worse"
+        found.append({"question": question, "first": first, "second": second, **row, "first_is": verdict})
     return found
 
 
@@ -810,7 +822,8 @@ def format_table(report: dict) -> str:
         f"{report['repeat_psnr_db']:.1f}). {len(report['seeds'])} seeds: mean ± half the 95 % t interval. Every run: "
         f"{size['num_steps']} steps of {size['batch_size']} clips of {', '.join(size['scenes'])}, width {size['width']}, depth "
         f"{size['depth']}, {steps} denoising steps, {size['num_clips'] * len(size['scenes'])} samples of 16 frames and "
-        f"{size['num_long_clips'] * len(size['scenes'])} of 64. {made}."
+        f"{size['num_long_clips'] * len(size['scenes'])} of 64. {made}. The comparisons below take differences seed by seed; "
+        f"*undecided* means that the 95 % interval holds zero; they are not corrected for their number."
     )
     return "\n".join([*lines, "", text, "", *format_verdicts(report)]) + "\n"
 
@@ -822,22 +835,20 @@ def format_interval(row: dict, digits: int) -> str:
 
 
 def format_verdicts(report: dict) -> list[str]:
-    """One line per question, in the words of the comparisons."""
-    found = {}
+    """The comparisons, a line for each pair, as a Markdown list."""
+    lines: dict[str, dict[str, list[str]]] = {}
     for row in report["comparisons"]:
-        (first, measure), (second, other) = row["first"], row["second"]
-        key = (first, second) if measure == other else (f"{first} at {measure}", f"{second} at {other}")
-        found.setdefault(key, []).append(row)
-    lines = []
-    for (first, second), rows in found.items():
-        if " at " in first:
-            row = rows[0]
-            lines.append(f"- {first}: {row['first_is']} than {second} ({row['mean']:+.2f} ± {row['half_width']:.2f})")
-            continue
-        groups = {
-            verdict: [row["first"][1] for row in rows if row["first_is"] == verdict]
-            for verdict in ("better", "worse", "undecided")
-        }
-        parts = [f"{verdict}: {'; '.join(group)}" for verdict, group in groups.items() if group]
-        lines.append(f"- {first} against {second}: {'. '.join(parts)}")
-    return lines
+        (first, column), (second, _) = row["first"], row["second"]
+        if row["question"] == "training":
+            head, item = f"{LABELS[first]}, against: {LABELS[second]}", column
+        elif row["question"] == "sampling":
+            head, item = f"{column}, against blocks of {CHUNK}, same model", LABELS[first]
+        else:
+            head, item = f"{LABELS[first]} at {column}, against: {LABELS[second]} in blocks of {CHUNK}", "64 frames"
+        text = f"{item} ({row['mean']:+.2f} ± {row['half_width']:.2f})"
+        lines.setdefault(head, {}).setdefault(row["first_is"], []).append(text)
+    return [
+        f"- {head}. "
+        + " ".join(f"**{verdict}**: {'; '.join(found[verdict])}." for verdict in VERDICTS if verdict in found)
+        for head, found in lines.items()
+    ]
