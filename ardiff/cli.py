@@ -575,6 +575,9 @@ def add_ablate_options(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="the size for two CPU cores and half an hour; default: that for a GPU"
     )
     parser.add_argument("--vae", type=Path, metavar="FOLDER", help="autoencoder; default: that of scenes-64")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="put the table between this file's marks <!-- ablation -->"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of each configuration, 2 to 10; default: 3")
     parser.add_argument(
         "--processes", type=int, help="runs at once, one CPU thread each; default: 2 with --quick, else 1"
@@ -583,7 +586,7 @@ def add_ablate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_ablate(args: argparse.Namespace) -> None:
-    from ardiff.evaluation.ablation import SIZES, ablate, format_table
+    from ardiff.evaluation.ablation import SIZES, ablate, format_table, write_into
     from ardiff.evaluation.plots import import_figure, plot_ablation
     from ardiff.pipelines.loading import bundled_model, choose_device
 
@@ -601,6 +604,8 @@ def run_ablate(args: argparse.Namespace) -> None:
     print(format_table(report))
     for path in plot_ablation(args.out):
         print(path)
+    if args.readme is not None:
+        write_into(args.readme, format_table(report))
 
 
 def add_plot_options(parser: argparse.ArgumentParser) -> None:

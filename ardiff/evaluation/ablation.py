@@ -145,14 +145,14 @@ class Size:
 
 SIZES = {
     "quick": Size(
-        scenes=("balls", "pendulum"),
+        scenes=("pendulum", "sunset"),
         num_training_clips=192,
-        width=128,
+        width=96,
         depth=4,
-        num_heads=4,
-        batch_size=16,
-        num_steps=280,
-        learning_rate=3e-3,
+        num_heads=3,
+        batch_size=6,
+        num_steps=720,
+        learning_rate=4e-3,
         num_inference_steps=10,
         num_clips=16,
         num_long_clips=6,
@@ -787,6 +787,22 @@ def write_tables(report: dict, out: Path) -> None:
             for row in zip(*(result["loss"][name] for name in ("timesteps", "all_noisy", "last_noisy")), strict=True)
         ],
     )
+
+
+def write_into(path: Path, text: str) -> None:
+    """Put the results between the lines `<!-- ablation -->` and `<!-- /ablation -->` of a Markdown file.
+
+    Raises:
+        ValueError: the file does not have these lines, once each and in this order.
+    """
+    first, last = "<!-- ablation -->\n", "<!-- /ablation -->"
+    before, *inner = path.read_text(encoding="utf-8").split(first)
+    parts = inner[0].split(last) if len(inner) == 1 else []
+    if len(parts) != 2:
+        raise ValueError(
+            f"`--readme` must have one line {first.strip()} and one line {last} after it, but {path} has not."
+        )
+    path.write_text(f"{before}{first}\n{text}\n{last}{parts[1]}", encoding="utf-8")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
