@@ -597,7 +597,7 @@ def run_ablate(args: argparse.Namespace) -> None:
         SIZES["quick" if args.quick else "full"],
         vae=bundled_model() / "vae" if args.vae is None else args.vae,
         num_seeds=args.seeds,
-        processes=args.processes or (2 if args.quick else 1),
+        processes=(2 if args.quick else 1) if args.processes is None else args.processes,
         device="cpu" if args.quick and args.device == "auto" else choose_device(args.device),
         command=" ".join(["ardiff", *sys.argv[1:]]),
     )

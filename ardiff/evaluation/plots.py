@@ -371,7 +371,7 @@ def draw_quality(report: dict) -> "Figure":
     """Every configuration's figures with their intervals, one panel for each measure; seeds as small points."""
     names = list(report["table"])
     every = list(report["table"][names[0]])
-    figure, axes = new_figure(1.2 + 0.42 * len(names) * 2, 2, 4, sharey=True)
+    figure, axes = new_figure(2.4 + 0.65 * len(names), 2, 4, sharey=True)
     for axis, column in zip(axes.flat, every, strict=False):
         for row, name in enumerate(names):
             figures, colour = report["table"][name][column], COLOURS[row % len(COLOURS)]

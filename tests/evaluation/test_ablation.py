@@ -26,6 +26,7 @@ from ardiff.evaluation.ablation import (
     interval,
     loss_by_timestep,
     train_and_measure,
+    write_into,
 )
 from ardiff.training.diffusion import DiffusionTrainingConfig, draw_timesteps
 
@@ -247,3 +248,30 @@ def test_long_videos_count_all_their_blocks():
     run = result("fopp", 0, 1.0, (1, 2, 3), 20.0)
     run["long_samples"]["5"] = [1.0, 2.0, 3.0, 6.0]
     assert column_value(run, "64 frames, gap 5") == 3.0
+
+
+def test_results_go_between_their_marks(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("# A\n\n<!-- ablation -->\nold\n<!-- /ablation -->\n\n## B\n")
+    write_into(path, "| new |\n")
+    expected = "# A\n\n<!-- ablation -->\n\n| new |\n\n<!-- /ablation -->\n\n## B\n"
+    assert path.read_text() == expected
+    write_into(path, "| new |\n")
+    assert path.read_text() == expected
+    path.write_text("# A\n<!-- /ablation -->\n<!-- ablation -->\n")
+    with pytest.raises(
+        ValueError, match="`--readme` must have one line <!-- ablation --> and one line <!-- /ablation -->"
+    ):
+        write_into(path, "new")
+
+
+def test_all_plots_of_an_ablation(finished):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    from ardiff.evaluation.plots import plot_ablation
+
+    folder, _ = finished
+    names = ["quality.png", "gaps.png", "drift.png", "loss.png", "samples.png", "long_samples.png"]
+    assert plot_ablation(folder) == [folder / name for name in names]
+    assert {Image.open(folder / name).width for name in names} == {1600}
