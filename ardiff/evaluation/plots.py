@@ -405,6 +405,7 @@ def draw_quality(report: dict) -> "Figure":
         f"points: seeds\nbars: 95 % t interval\nof {len(report['seeds'])} seeds\ndashed: real clips",
         fontsize=9,
         va="center",
+        transform=axes.flat[-1].transAxes,
     )
     for axis in axes[:, 0]:
         axis.set(yticks=range(len(names)), yticklabels=[LABELS[name].split(" (")[0].split(",")[0] for name in names])
