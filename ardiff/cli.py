@@ -577,6 +577,93 @@ def run_demo(args: argparse.Namespace) -> None:
     launch(models=args.models, device=args.device, host=args.host, port=args.port)
 
 
+# --- ablate, plot -----------------------------------------------------------------------------------------------
+
+
+def add_ablate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("ablation"),
+        metavar="FOLDER",
+        help="resumed where it exists; default: ablation",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the size for two CPU cores and half an hour; default: that for a GPU"
+    )
+    parser.add_argument("--vae", type=Path, metavar="FOLDER", help="autoencoder; default: that of scenes-64")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="put the table between this file's marks <!-- ablation -->"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="of each configuration, 2 to 10; default: 3")
+    parser.add_argument(
+        "--processes", type=int, help="runs at once, one CPU thread each; default: 2 with --quick, else 1"
+    )
+    add_device_option(parser)
+
+
+def run_ablate(args: argparse.Namespace) -> None:
+    from ardiff.evaluation.ablation import SIZES, ablate, format_table, write_into
+    from ardiff.evaluation.plots import import_figure, plot_ablation
+    from ardiff.pipelines.loading import bundled_model, choose_device
+
+    import_figure()  # refused before the work and not after it
+    hide_loading_bar()
+    report = ablate(
+        args.out,
+        SIZES["quick" if args.quick else "full"],
+        vae=bundled_model() / "vae" if args.vae is None else args.vae,
+        num_seeds=args.seeds,
+        processes=(2 if args.quick else 1) if args.processes is None else args.processes,
+        device="cpu" if args.quick and args.device == "auto" else choose_device(args.device),
+        command=" ".join(["ardiff", *sys.argv[1:]]),
+    )
+    print(format_table(report))
+    for path in plot_ablation(args.out):
+        print(path)
+    if args.readme is not None:
+        write_into(args.readme, format_table(report))
+
+
+def add_plot_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "kinds",
+        nargs="*",
+        metavar="KIND",
+        help="laws of the training timesteps, plans, loss by timestep, gaps (quality against gap), samples; default: all",
+    )
+    parser.add_argument("--out", type=Path, default=Path("plots"), metavar="FOLDER", help="default: plots")
+    parser.add_argument(
+        "--ablation", type=Path, metavar="FOLDER", help="draw the plots of this `ardiff ablate` folder again, into it"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="JSON", help="of `evaluate`, for gaps; default: the model's own"
+    )
+    add_model_options(parser)
+
+
+def run_plot(args: argparse.Namespace) -> None:
+    from ardiff.evaluation.plots import KINDS, plot, plot_ablation
+
+    if args.ablation is not None:
+        paths = plot_ablation(args.ablation)
+    else:
+        kinds, pipe, report = args.kinds or KINDS, None, None
+        if {"loss", "samples"} & set(kinds):
+            from ardiff.pipelines.loading import load_pipeline
+
+            hide_loading_bar()
+            pipe = load_pipeline(args.model, device=args.device)
+        if "gaps" in kinds:
+            from ardiff.pipelines.loading import find_model
+
+            path = args.report or Path(find_model(args.model)) / "evaluation.json"
+            report = json.loads(path.read_text(encoding="utf-8"))
+        paths = plot(kinds, args.out, pipe=pipe, report=report)
+    for path in paths:
+        print(path)
+
+
 # --- deploy -----------------------------------------------------------------------------------------------------
 
 
@@ -638,6 +725,16 @@ VERBS = {
         help="measure a model on held-out scenes, or its samples against a data set",
         add_options=add_evaluate_options,
         run=run_evaluate,
+    ),
+    "ablate": Verb(
+        help="train one small model in every way that the paper compares, and measure them alike",
+        add_options=add_ablate_options,
+        run=run_ablate,
+    ),
+    "plot": Verb(
+        help="draw the laws of training timesteps, plans, losses, quality against gap, and samples",
+        add_options=add_plot_options,
+        run=run_plot,
     ),
     "scenes": Verb(help="write a contact sheet of the scenes", add_options=add_scenes_options, run=run_scenes),
     "demo": Verb(help="serve the studio", add_options=add_demo_options, run=run_demo),

@@ -282,3 +282,26 @@ def test_help_loads_nothing_heavy():
     ).stdout.splitlines()
     assert all(any(line.split()[:1] == [verb] for line in lines) for verb in cli.VERBS)
     assert json.loads(lines[-1]) == []
+
+
+# --- ablate, plot -----------------------------------------------------------------------------------------------
+
+
+def test_plot_draws_what_is_asked_for(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run("plot", "plans", "gaps", "--out", tmp_path / "plots")
+    written = [tmp_path / "plots" / name for name in ("plans.png", "plans.csv", "gaps.png", "gaps.csv")]
+    assert capsys.readouterr().out.split() == [str(path) for path in written]
+    assert all(path.exists() for path in written)
+
+
+def test_plot_and_ablate_refuse_in_one_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert "has law" in error_of(capsys, "plot", "law", "--out", tmp_path)
+    assert "holds no results.json" in error_of(capsys, "plot", "--ablation", tmp_path)
+    assert "`num_seeds` must be in [2, 10]" in error_of(
+        capsys, "ablate", "--quick", "--seeds", "1", "--out", tmp_path / "a"
+    )
+    assert "`processes` must be at least 1" in error_of(
+        capsys, "ablate", "--quick", "--processes", "0", "--out", tmp_path
+    )

@@ -16,6 +16,7 @@ from ardiff.serving.space import header, make_plan, read_description
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
 WEIGHT_SUFFIXES = {".bin", ".ckpt", ".h5", ".msgpack", ".npy", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth"}
 
@@ -48,9 +49,13 @@ def test_requirements_equal_the_dependencies():
     assert PYPROJECT["project"]["dependencies"] == REQUIREMENTS
 
 
-@pytest.mark.parametrize("line", [*REQUIREMENTS, *PYPROJECT["project"]["optional-dependencies"]["dev"]])
+@pytest.mark.parametrize("line", [*REQUIREMENTS, *EXTRAS["dev"], *EXTRAS["plots"]])
 def test_every_requirement_is_one_pin(line):
     assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+", line)
+
+
+def test_development_installs_the_plots():
+    assert set(EXTRAS["plots"]) <= set(EXTRAS["dev"])
 
 
 def test_torch_comes_first():
@@ -58,7 +63,7 @@ def test_torch_comes_first():
 
 
 def test_imports_are_requirements():
-    required = {re.split("==", line)[0] for line in REQUIREMENTS} | {"ardiff", "spaces"}
+    required = {re.split("==", line)[0] for line in [*REQUIREMENTS, *EXTRAS["plots"]]} | {"ardiff", "spaces"}
     distributions = importlib.metadata.packages_distributions()
     for path in [ROOT / "app.py", *(ROOT / "ardiff").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

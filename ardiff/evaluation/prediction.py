@@ -137,12 +137,12 @@ def render_openings(clips: Sequence[HeldOutClip], size: int) -> np.ndarray:
     return render_batch([clip.scene for clip in clips], NUM_FRAMES, size, [clip.part_seed("clips") for clip in clips])
 
 
-def render_excerpts(clips: Sequence[HeldOutClip], part: str, size: int) -> np.ndarray:
-    """16 frames of every clip's scene that start as in training: half at frame 0, half up to `LATEST_START` frames later.
+def render_excerpts(clips: Sequence[HeldOutClip], part: str, size: int, num_frames: int = NUM_FRAMES) -> np.ndarray:
+    """Frames of every clip's scene that start as in training: half at frame 0, half up to `LATEST_START` frames later.
 
     Samples from nothing imitate this law, so these are the clips to compare them with. `part`: "real" or "other_real".
     """
-    frames = np.empty((len(clips), NUM_FRAMES, size, size, 3), dtype=np.uint8)
+    frames = np.empty((len(clips), num_frames, size, size, 3), dtype=np.uint8)
     starts = []
     for clip in clips:
         generator = clip.generator(f"{part}_start")
@@ -151,9 +151,9 @@ def render_excerpts(clips: Sequence[HeldOutClip], part: str, size: int) -> np.nd
     for latest in (0, LATEST_START):
         rows = [row for row, start in enumerate(starts) if (start > 0) == (latest > 0)]
         scenes, seeds = [clips[row].scene for row in rows], [clips[row].part_seed(part) for row in rows]
-        rendered = render_batch(scenes, latest + NUM_FRAMES, size, seeds)
+        rendered = render_batch(scenes, latest + num_frames, size, seeds)
         for row, clip_frames in zip(rows, rendered, strict=True):
-            frames[row] = clip_frames[starts[row] : starts[row] + NUM_FRAMES]
+            frames[row] = clip_frames[starts[row] : starts[row] + num_frames]
     return frames
 
 

@@ -22,11 +22,16 @@ ROTARY_BASE = 100.0  # Lags of a window of some dozens of frames; 10,000 would l
 
 @lru_cache(maxsize=512)
 def frame_mask(
-    query_frames: tuple[int, ...], key_frames: tuple[int, ...], window: int, num_tokens: int, device: torch.device
+    query_frames: tuple[int, ...],
+    key_frames: tuple[int, ...],
+    window: int,
+    num_tokens: int,
+    device: torch.device,
+    causal: bool = True,
 ) -> torch.Tensor | None:
     """Which keys a query sees, (queries * L, keys * L) bool, True = visible; None when everything is visible."""
     query, key = torch.tensor(query_frames)[:, None], torch.tensor(key_frames)[None, :]
-    visible = (key <= query) & (key > query - window)
+    visible = (key > query - window) & (key < query + (1 if causal else window))
     if bool(visible.all()):
         return None
     return visible.repeat_interleave(num_tokens, 0).repeat_interleave(num_tokens, 1).to(device)
@@ -106,6 +111,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         num_tokens (int): L. in_channels (int): C. width (int): D. depth (int): blocks. num_heads (int): H.
         window (int): how many frames back a frame can see, itself included.
         class_names (list of str): names of the classes; empty = unconditional only. A trained null class is added.
+        causal (bool): False lets a frame see later frames of the window too, and there is no cache: for comparison.
     """
 
     _no_split_modules = ["FrameBlock"]
@@ -122,6 +128,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         num_heads: int = 4,
         window: int = 16,
         class_names: list[str] = (),
+        causal: bool = True,
     ) -> None:
         super().__init__()
         if width % num_heads or (width // num_heads) % 4:
@@ -158,6 +165,8 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
     def new_cache(self, batch_size: int) -> FrameKVCache:
         """An empty cache on the model's device, for `batch_size` sequences (count both guidance halves)."""
         config = self.config
+        if not config.causal:
+            raise ValueError("`causal` must be True for a cache: here later frames change the keys of earlier ones.")
         return FrameKVCache(
             config.depth, batch_size, config.num_heads, config.num_tokens, self.head_dim, config.window,
             device=self.device, dtype=self.dtype,
@@ -199,7 +208,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         first = cache.num_committed if cache is not None else 0
         frames = tuple(range(first, first + num_frames))
         key_frames = (cache.frames() if cache is not None else ()) + frames
-        mask = frame_mask(frames, key_frames, config.window, num_tokens, hidden_states.device)
+        mask = frame_mask(frames, key_frames, config.window, num_tokens, hidden_states.device, config.causal)
 
         rotary = frame_rotation(first, num_frames, self.head_dim // 4, hidden_states.dtype, hidden_states.device)
 

@@ -65,7 +65,6 @@ class ARDiffPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "vae->transformer"
-    supports_frame_cache = True
 
     def __init__(self, vae: AutoencoderARVAE, transformer: ARDiffTransformerModel, scheduler: ADScheduler) -> None:
         super().__init__()
@@ -101,9 +100,14 @@ class ARDiffPipeline(DiffusionPipeline):
         return self.vae.config.image_size
 
     @property
+    def supports_frame_cache(self) -> bool:
+        """Whether finished frames can be kept: not where later frames change earlier ones."""
+        return self.transformer.config.causal
+
+    @property
     def min_frames(self) -> int:
         """Fewest frames that a video of this model can have."""
-        return 1
+        return 1 if self.supports_frame_cache else self.transformer.config.window
 
     def is_guided(self, guidance_scale: float, has_class: bool) -> bool:
         """Whether a run evaluates everything twice, with its condition and without."""
@@ -170,6 +174,10 @@ class ARDiffPipeline(DiffusionPipeline):
         """The AD schedule of a run and a scheduler of its own."""
         schedule = ad_schedule(num_frames, num_inference_steps, ar_step, num_prompt_frames=num_prompt_frames)
         check_window(schedule, self.transformer.config.window, num_prompt_frames=num_prompt_frames)
+        if num_frames < self.min_frames:
+            raise ValueError(
+                f"`num_frames` must be at least {self.min_frames}, the window of this model, but is {num_frames}."
+            )
         scheduler = ADScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(num_inference_steps)
         return schedule, scheduler
@@ -232,6 +240,9 @@ class ARDiffPipeline(DiffusionPipeline):
         self, inputs: _Inputs, latents: torch.Tensor, guidance_scale: float, use_cache: bool | None
     ) -> Iterator[_Iteration]:
         """Run the plan; yields after every iteration. The plan is read as Python ints: nothing waits for the device."""
+        if not self.supports_frame_cache:
+            yield from self._denoise_whole_window(inputs, latents, guidance_scale, use_cache)
+            return
         use_cache = use_cache is not False
         device, scheduler, num_steps = latents.device, inputs.scheduler, inputs.scheduler.num_inference_steps
         guided = self.is_guided(guidance_scale, inputs.labels is not None)
@@ -266,6 +277,36 @@ class ARDiffPipeline(DiffusionPipeline):
             latents = torch.cat([latents[:, :start], result.prev_sample, latents[:, stop:]], dim=1)
             before = after
             yield _Iteration(row, latents, guess, stop - first, int((after == num_steps).sum()))
+
+    def _denoise_whole_window(
+        self, inputs: _Inputs, latents: torch.Tensor, guidance_scale: float, use_cache: bool | None
+    ) -> Iterator[_Iteration]:
+        """Run the plan with a network that is not causal: every iteration evaluates the window, waiting frames included."""
+        from ardiff.pipelines.pipeline_original import denoise_window
+
+        if use_cache:
+            raise ValueError(
+                "`use_cache` must be None or False: later frames change the keys and values of earlier ones in this model."
+            )
+        transformer, guided = self.transformer, self.is_guided(guidance_scale, inputs.labels is not None)
+        labels = None if inputs.labels is None else inputs.labels.to(latents.device)
+
+        def predict(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            sample = sample.to(transformer.dtype)
+            output = transformer(sample, timestep, labels).to(latents.dtype)
+            if not guided:
+                return output
+            without = transformer(sample, timestep).to(latents.dtype)
+            return without + guidance_scale * (output - without)
+
+        yield from denoise_window(
+            predict,
+            latents,
+            inputs.schedule,
+            inputs.scheduler,
+            window=transformer.config.window,
+            num_prompt_frames=inputs.num_prompt_frames,
+        )
 
     @torch.no_grad()
     def stream(

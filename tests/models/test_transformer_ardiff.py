@@ -15,11 +15,18 @@ def inputs(generator, num_frames=NUM_FRAMES, batch_size=2, dtype=torch.float32):
     return hidden_states, timestep
 
 
-def build(window=16, depth=2, seed=3):
+def build(window=16, depth=2, seed=3, causal=True):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ARDiffTransformerModel(
-            num_tokens=4, in_channels=4, width=32, depth=depth, num_heads=2, window=window, class_names=["a", "b"]
+            num_tokens=4,
+            in_channels=4,
+            width=32,
+            depth=depth,
+            num_heads=2,
+            window=window,
+            class_names=["a", "b"],
+            causal=causal,
         )
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.15)
@@ -48,6 +55,18 @@ def test_one_block_sees_exactly_the_window(generator):
     hidden_states[:, 1] += 3.0
     changed = (model(hidden_states, timestep) != before).flatten(2).any(-1).any(0)
     assert changed.tolist() == [False, True, True, True, False, False]
+
+
+@torch.no_grad()
+def test_without_causality_a_frame_sees_both_ways_and_there_is_no_cache(generator):
+    model = build(window=3, depth=1, causal=False)
+    hidden_states, timestep = inputs(generator)
+    before = model(hidden_states, timestep)
+    hidden_states[:, 3] += 3.0
+    changed = (model(hidden_states, timestep) != before).flatten(2).any(-1).any(0)
+    assert changed.tolist() == [False, True, True, True, True, True]
+    with pytest.raises(ValueError, match="`causal` must be True for a cache"):
+        model.new_cache(1)
 
 
 @torch.no_grad()

@@ -59,6 +59,54 @@ def test_cached_equals_uncached_when_the_window_slides(tiny_pipeline):
     assert (frames[0] - frames[1]).abs().max() <= 1e-10
 
 
+@pytest.fixture
+def not_causal(tiny_pipeline):
+    from ardiff import ADScheduler, ARDiffTransformerModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ARDiffTransformerModel(
+            num_tokens=4, in_channels=4, width=32, depth=2, num_heads=2, window=4, class_names=["clouds"], causal=False
+        )
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+    pipe = ARDiffPipeline(tiny_pipeline.vae.double(), model.double(), ADScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("ar_step", [0, 2, N])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_model_that_is_not_causal_is_shown_the_whole_window(not_causal, ar_step, guidance_scale):
+    found = run(not_causal, num_frames=4, ar_step=ar_step, guidance_scale=guidance_scale, output_type="latent").frames
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.cat([torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float64) for _ in range(4)], dim=1)
+    scheduler = not_causal.scheduler
+    scheduler.set_timesteps(N)
+    before = torch.zeros(4, dtype=torch.long)
+    for after in ad_schedule(4, N, ar_step):
+        timestep = scheduler.timestep_of(before)[None]
+        with torch.no_grad():
+            with_class, without = (
+                not_causal.transformer(latents, timestep, torch.tensor([label])) for label in (0, 1)
+            )
+        output = without + guidance_scale * (with_class - without)
+        latents = scheduler.step(output, before, latents, update_mask=before != after).prev_sample
+        before = after
+    torch.testing.assert_close(found, latents, rtol=0, atol=1e-10)
+
+
+def test_a_model_that_is_not_causal_slides_its_window_and_refuses_a_cache(not_causal):
+    assert not not_causal.supports_frame_cache
+    steps = list(not_causal.stream(num_frames=7, ar_step=2, num_inference_steps=N, class_labels=["clouds"]))
+    assert {step.frame_evaluations for step in steps} == {4}
+    assert [index for step in steps for index, _ in step.finished] == list(range(7))
+    with pytest.raises(ValueError, match="`use_cache` must be None or False"):
+        run(not_causal, num_frames=4, use_cache=True)
+    with pytest.raises(ValueError, match="`num_frames` must be at least 4, the window of this model, but is 3"):
+        run(not_causal, num_frames=3)
+
+
 @pytest.mark.parametrize(("num_frames", "ar_step"), PLANS)
 @pytest.mark.parametrize("num_prompts", [0, 2])
 def test_evaluations_are_the_least_possible(tiny_pipeline, num_frames, ar_step, num_prompts):

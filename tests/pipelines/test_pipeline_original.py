@@ -118,7 +118,6 @@ def test_a_folder_brings_its_own_pipeline(tmp_path):
     assert type(loaded) is OriginalARDiffPipeline
     assert not loaded.config.compat
     assert not loaded.supports_frame_cache
-    assert ARDiffPipeline.supports_frame_cache
     latents = [each(output_type="latent", **arguments()).frames for each in (pipe, loaded)]
     assert torch.equal(*latents)
     assert ARDiffPipeline.from_pretrained(tmp_path, compat=True).config.compat
