@@ -562,6 +562,12 @@ def launch_arguments() -> dict[str, Any]:
     }
 
 
+def mount(app: Any, session: Session) -> Any:
+    """The page around `session` at the root of a FastAPI application; returns the application."""
+    demo = build_demo(session).queue(max_size=LIMITS.waiting_visitors)
+    return gr.mount_gradio_app(app, demo, "/", **launch_arguments())
+
+
 def launch(
     *,
     models: Sequence[str | Path] | None = None,
