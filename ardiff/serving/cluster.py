@@ -23,11 +23,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
 
 from ardiff.demo.models import ModelMenu
 from ardiff.demo.session import STOP_SECONDS, TICK, PreviewPace, Session
 from ardiff.pipelines.loading import bundled_models, load_pipeline
-from ardiff.serving.remote import RemotePipeline, ReplicaLost, pack_step, unpack_arguments
+from ardiff.serving.remote import RemotePipeline, ReplicaLost, load_near_half, pack_step, unpack_arguments
 
 
 APPLICATION = "ardiff"
@@ -79,6 +80,7 @@ class Model:
     """One replica: the models of the menu, as many as fit loaded, and one run at a time on the thread that owns them."""
 
     def __init__(self, names: Sequence[str], device: str, threads: int) -> None:
+        disable_progress_bar()
         # One thread for all of torch: loading, stepping and closing.
         self._thread = ThreadPoolExecutor(1, "ardiff-model", torch.set_num_threads, (threads,))
         sources = {name: partial(load_pipeline, name, device=device) for name in names}
@@ -109,10 +111,6 @@ class Model:
         finally:
             stream.close()
 
-    async def process(self) -> int:
-        """The replica's process id, for the operator and for tests."""
-        return os.getpid()
-
 
 class Page:
     """The one replica of the page.
@@ -125,6 +123,7 @@ class Page:
     """
 
     def __init__(self, model: Any, names: Sequence[str], workers: int, device: str) -> None:
+        disable_progress_bar()
         steps = partial(remote_steps, model.options(method_name="steps", stream=True))
         sources = {name: partial(RemotePipeline, name, steps, device) for name in names}
         self.session = Session(sources, workers=workers)
@@ -209,6 +208,9 @@ def serve_studio(cluster: Cluster, say: Callable[[str], Any]) -> None:
 
     Raises ValueError with one sentence when Ray is not installed, a model is not there or the cluster is too small.
     """
+    disable_progress_bar()
+    for name in cluster.models:
+        load_near_half(name)  # a wrong name is told here, before anything is started
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -216,13 +218,12 @@ def serve_studio(cluster: Cluster, say: Callable[[str], Any]) -> None:
     except ImportError as error:
         raise ValueError('`ardiff serve` needs Ray: python -m pip install -e ".[serve]".') from error
 
-    ray.init(address=cluster.address, namespace="serve", include_dashboard=False)
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    ray.init(address=cluster.address, namespace="serve", include_dashboard=False, logging_level="WARNING")
     try:
         application = build(cluster, ray.cluster_resources())
-        serve.start(http_options={"host": cluster.host, "port": cluster.port})
-        handle = serve.run(
-            application, name=APPLICATION, route_prefix="/", logging_config={"enable_access_log": False}
-        )
+        serve.start(http_options={"host": cluster.host, "port": cluster.port}, logging_config=quiet)
+        handle = serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
         asked = threading.Event()
         before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
         say(f"http://{cluster.host}:{cluster.port}")

@@ -92,7 +92,7 @@ class RemotePipeline:
         self.name = name
         self.device = device
         self._open_steps = open_steps
-        self._near = _without_transformer(name)
+        self._near = load_near_half(name)
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._near, attribute)
@@ -124,7 +124,8 @@ class RemotePipeline:
         return list(to_uint8(vae.decode(vae.encode(pixels).mode())).numpy()[0])
 
 
-def _without_transformer(name: str) -> ARDiffPipeline:
+def load_near_half(name: str) -> ARDiffPipeline:
+    """A pipeline on the CPU whose transformer has no weights. Raises ValueError or OSError as `load_pipeline` does."""
     path = Path(find_model(name))
     if not path.is_dir():
         path = Path(snapshot_download(name, allow_patterns=["*.json", "vae/*.safetensors"]))
