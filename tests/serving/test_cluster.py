@@ -41,6 +41,7 @@ def studio(tmp_path_factory, tiny_pipeline, started) -> SimpleNamespace:
         log = model.parent / "studio.log"
         started.process, started.url = started.stack.enter_context(served(command, log, threads=1, start_seconds=240))
         started.log = log
+        until(lambda: started.url in log.read_text())  # the page may answer before the second replica has its model
     torch.set_num_threads(1)
     started.pipeline = tiny_pipeline
     return started
@@ -124,8 +125,9 @@ def test_the_page_is_that_of_the_demo(studio, browser, tmp_path):
             wait_for_run(page)
             data = request(7, scene="balls", frames=6, gap=5, steps=10)
             assert [digest(frame) for frame in shown_frames(page)] == alone(None, data, studio.pipeline)
-            settle(page, length=64, steps=100, gap=100)
+            settle(page, length=64, steps=50, gap=50)
             press(page, "Generate")
+            wait_for(page, "running")
             page.wait_for_function("window.ardiffStudio.studio.stage.value.finished >= 1")
             press(page, "Stop and keep")
             wait_for(page, "done")
