@@ -58,7 +58,8 @@ def test_torch_comes_first():
 
 
 def test_imports_are_requirements():
-    required = {re.split("==", line)[0] for line in REQUIREMENTS} | {"ardiff", "spaces"}
+    optional = PYPROJECT["project"]["optional-dependencies"]["serve"]
+    required = {re.split(r"==|\[", line)[0] for line in [*REQUIREMENTS, *optional]} | {"ardiff", "spaces"}
     distributions = importlib.metadata.packages_distributions()
     for path in [ROOT / "app.py", *(ROOT / "ardiff").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -129,11 +129,9 @@ class Page:
         self.session = Session(sources, workers=workers)
 
     def __serve_build_asgi_app__(self) -> Any:
-        from fastapi import FastAPI
+        from ardiff.demo.ui import mounted
 
-        from ardiff.demo.ui import mount
-
-        return mount(FastAPI(openapi_url=None), self.session)
+        return mounted(self.session)
 
     async def drain(self, seconds: float) -> bool:
         """As `Session.drain`; the page goes on answering meanwhile."""
