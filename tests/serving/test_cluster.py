@@ -181,7 +181,7 @@ def test_a_stop_lets_runs_finish_and_refuses_new_ones(studio):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--cpus", "10000"], "cores need"), (["--model", "nowhere/at/all"], "must be a model folder or a Hub id")],
+    [(["--cpus", "10000"], "cores need"), (["--model", "nowhere/at/all"], "Repo id must be")],
 )
 def test_what_cannot_work_is_one_line(options, words):
     command = [sys.executable, "-m", "ardiff.cli", "serve", "--device", "cpu", *options]
