@@ -1,7 +1,8 @@
 """Few models, many visitors: the studio without its page.
 
 A `Session` owns one worker thread, and that thread alone runs the models; where the models run elsewhere (serving/remote.py)
-it has one for each of them. `Session.run` gives a generator of events; closing it ends the run at the model's next iteration, `Session.stop` does the same and keeps the finished frames as a video.
+it has one for each of them. `Session.run` gives a generator of events; closing it ends the run at the model's next iteration,
+`Session.stop` does the same and keeps the finished frames as a video.
 Frames are (S, S, 3) uint8, S = the model's image size; a prompt is (P, S, S, 3) uint8. Times are seconds.
 """
 
@@ -394,8 +395,9 @@ class Session:
                     # Kept here, not where events are drawn: what had finished stays when the visitor is gone.
                     Image.fromarray(frame).save(run.folder / f"frame-{index:03d}.png")
                     run.events.put(FrameReady(run.id, index, frame))
-                done = step.iteration == step.num_iterations
-                if time.monotonic() - ticked >= TICK or done:
+                # A step from elsewhere that brings guesses was made on a tick there.
+                due = step.iteration == step.num_iterations or (isinstance(step, RemoteStep) and step.guesses)
+                if time.monotonic() - ticked >= TICK or due:
                     self._preview(run, step, pace, time.monotonic() - started)
                     ticked = time.monotonic()
                     indices, levels = tuple(step.step_index.tolist()), tuple(step.noise_level.tolist())

@@ -18,8 +18,6 @@ import torch
 from load import alone, digest, events, picture, request, served
 from studio_page import press, settle, shown_frames, visit, wait_for, wait_for_run
 
-from ardiff.serving.cluster import Cluster
-
 
 pytestmark = [
     pytest.mark.slow,
@@ -188,8 +186,3 @@ def test_what_cannot_work_is_one_line(options, words):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
     assert words in ended.stderr.splitlines()[-1]
-
-
-def test_options_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="`min_replicas` must be from 1 to 1 but is 2"):
-        Cluster(replicas=1, min_replicas=2)

@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 
 from ardiff.demo.presets import Failed, Finished, FrameReady, GenerationRequest, Preview, Progress, Prompt, Queued
 from ardiff.demo.session import Session
-from ardiff.serving.cluster import Model
+from ardiff.serving.cluster import Cluster, Model, serve_studio
 from ardiff.serving.remote import ATTEMPTS, RemotePipeline, ReplicaLost
 
 
@@ -191,3 +192,22 @@ def test_draining_ends_what_takes_too_long_and_keeps_its_frames(session):
     reader.join()
     assert seen[-1].stopped
     assert seen[-1].video.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"replicas": 1, "min_replicas": 2}, "`min_replicas` must be from 1 to 1 but is 2"),
+        ({"min_replicas": 0}, "`min_replicas` must be from 1 but is 0"),
+        ({"grace": -1.0}, "must be at least 0 but are 0, 0 and -1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Cluster(**options)
+
+
+def test_without_ray_there_is_one_sentence(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match="`ardiff serve` needs Ray: python -m pip install"):
+        serve_studio(Cluster(models=(folder,)), say=print)
