@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from load import alone, digest, events, picture, request, served
-from studio_page import press, settle, shown_frames, visit, wait_for, wait_for_run
+from studio_page import PHASE, STAGE, press, settle, shown_frames, visit, wait_for
 
 
 pytestmark = [
@@ -120,13 +120,12 @@ def test_the_page_is_that_of_the_demo(studio, browser, tmp_path):
         with visit(browser, studio) as page:
             settle(page)
             press(page, "Generate")
-            wait_for_run(page)
+            wait_for(page, "done")
             data = request(7, scene="balls", frames=6, gap=5, steps=10)
             assert [digest(frame) for frame in shown_frames(page)] == alone(None, data, studio.pipeline)
             settle(page, length=64, steps=50, gap=50)
             press(page, "Generate")
-            wait_for(page, "running")
-            page.wait_for_function("window.ardiffStudio.studio.stage.value.finished >= 1")
+            page.wait_for_function(f"{PHASE} === 'running' && {STAGE}.value.finished >= 1", timeout=90_000)
             press(page, "Stop and keep")
             wait_for(page, "done")
             assert 1 <= len(shown_frames(page)) < 64
