@@ -664,6 +664,43 @@ def run_plot(args: argparse.Namespace) -> None:
         print(path)
 
 
+# --- serve ------------------------------------------------------------------------------------------------------
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    add_demo_options(parser)
+    parser.add_argument(
+        "--replicas", type=int, default=0, metavar="N", help="models at once, at most; default: one per GPU, or one"
+    )
+    parser.add_argument(
+        "--min-replicas", type=int, default=1, metavar="N", help="models kept while nobody asks; default: 1"
+    )
+    parser.add_argument(
+        "--cpus",
+        type=int,
+        default=0,
+        metavar="N",
+        help="CPU cores, and threads, of a replica; default: 1 with a GPU, else an equal share of all cores",
+    )
+    parser.add_argument(
+        "--address", metavar="RAY", help="a Ray cluster to join, auto for this machine's; default: start one here"
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="that runs may still take after SIGTERM; default: 120",
+    )
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    from ardiff.serving.cluster import Cluster, serve_studio
+
+    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(Cluster)}
+    serve_studio(Cluster(**{**options, "models": tuple(args.models or ())}), say=functools.partial(print, flush=True))
+
+
 # --- deploy -----------------------------------------------------------------------------------------------------
 
 
@@ -738,6 +775,11 @@ VERBS = {
     ),
     "scenes": Verb(help="write a contact sheet of the scenes", add_options=add_scenes_options, run=run_scenes),
     "demo": Verb(help="serve the studio", add_options=add_demo_options, run=run_demo),
+    "serve": Verb(
+        help="serve the studio with a model on every GPU, of one machine or a Ray cluster",
+        add_options=add_serve_options,
+        run=run_serve,
+    ),
     "deploy": Verb(help="create or update a Space", add_options=add_deploy_options, run=run_deploy),
 }
 

@@ -63,7 +63,8 @@ def test_torch_comes_first():
 
 
 def test_imports_are_requirements():
-    required = {re.split("==", line)[0] for line in [*REQUIREMENTS, *EXTRAS["plots"]]} | {"ardiff", "spaces"}
+    optional = [line for extra in ("plots", "serve", "train") for line in EXTRAS[extra]]
+    required = {re.split(r"==|\[", line)[0] for line in [*REQUIREMENTS, *optional]} | {"ardiff", "spaces"}
     distributions = importlib.metadata.packages_distributions()
     for path in [ROOT / "app.py", *(ROOT / "ardiff").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,7 +1,8 @@
 """Few models, many visitors: the studio without its page.
 
-A `Session` owns one worker thread, and that thread alone runs the models. `Session.run` gives a generator of events; closing
-it ends the run at the model's next iteration, `Session.stop` does the same and keeps the finished frames as a video.
+A `Session` owns one worker thread, and that thread alone runs the models; where the models run elsewhere (serving/remote.py)
+it has one for each of them. `Session.run` gives a generator of events; closing it ends the run at the model's next iteration,
+`Session.stop` does the same and keeps the finished frames as a video.
 Frames are (S, S, 3) uint8, S = the model's image size; a prompt is (P, S, S, 3) uint8. Times are seconds.
 """
 
@@ -48,6 +49,7 @@ from ardiff.demo.presets import (
     read_settings,
 )
 from ardiff.schedulers.ad_schedule import ad_schedule, check_window
+from ardiff.serving.remote import RemoteStep, ReplicaLost
 
 
 TICK = 0.1
@@ -58,6 +60,9 @@ PREVIEW_SHARE = 0.15
 
 KEEP_SECONDS = 3600.0
 """Age in seconds after which the files of a finished run are removed."""
+
+STOP_SECONDS = 10.0
+"""How long visitors have to be given what was finished when their runs are ended."""
 
 KEEP_RUNS = 64
 """Finished runs whose files are kept, at most: the oldest go first."""
@@ -79,7 +84,7 @@ class _Run:
     future: Future[float] | None = None
 
 
-class _PreviewPace:
+class PreviewPace:
     """Decides how many guesses may be decoded now so that decoding stays within its share of the run's time."""
 
     def __init__(self, cost: Cost) -> None:
@@ -100,25 +105,39 @@ class _PreviewPace:
         self.cost.preview = each if self.cost.preview is None else 0.7 * self.cost.preview + 0.3 * each
         self.last_shown.update(dict.fromkeys(frames, iteration))
 
+    def decode(self, step: Any, num_inference_steps: int, elapsed: float) -> tuple[tuple[int, np.ndarray], ...]:
+        """Guesses of a step as (frame index, picture) pairs: as many as there is time for, `elapsed` seconds into the run."""
+        active = [frame for frame, index in enumerate(step.step_index.tolist()) if 0 < index < num_inference_steps]
+        chosen = self.choose(active, elapsed)
+        if not chosen:
+            return ()
+        begun = time.monotonic()
+        pictures = step.preview(chosen)
+        self.paid(chosen, step.iteration, time.monotonic() - begun)
+        return tuple(zip(chosen, pictures, strict=True))
+
 
 class Session:
-    """The studio's models and the visitors who share them, one run at a time, first come, first served.
+    """The studio's models and the visitors who share them, `workers` runs at a time, first come, first served.
 
     Args:
         sources: for every name of the menu a function that gives its `ARDiffPipeline`, already on its device. From then
             on only the session's worker thread runs it. The first one is loaded now, the others when they are asked for.
+        workers: runs at the same time, each on a thread of its own; more than one only for pipelines whose model is elsewhere.
         warm_up: measure a model's speed once, in the background, so that the first estimate is honest.
 
     Raises:
         ValueError: there is no model, or the first one cannot be loaded.
     """
 
-    def __init__(self, sources: Mapping[str, Callable[[], Any]], *, warm_up: bool = True) -> None:
+    def __init__(self, sources: Mapping[str, Callable[[], Any]], *, workers: int = 1, warm_up: bool = True) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ardiff-studio-"))
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ardiff-model")
+        self._num_workers = workers
+        self._worker = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="ardiff-model")
         self._lock = threading.Lock()
         self._waiting: list[_Run] = []
-        self._running: _Run | None = None
+        self._running: list[_Run] = []
+        self._closing = False
         self._live: dict[str, _Run] = {}
         self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         measure = (lambda model: self._worker.submit(self._measure, model)) if warm_up else (lambda model: None)
@@ -152,6 +171,10 @@ class Session:
         run_id = uuid.uuid4().hex
         run = _Run(request, self.folder / run_id, run_id)
         with self._lock:
+            if self._closing:
+                raise ValueError(
+                    "The studio is about to restart and takes no new runs; please try again in a few minutes."
+                )
             if len(self._waiting) >= LIMITS.waiting_visitors:
                 raise ValueError(f"{len(self._waiting)} visitors are waiting already; please try again in a minute.")
             self._prepare(run, earlier)
@@ -253,6 +276,28 @@ class Session:
             if rank >= max_runs or time.time() - ended > max_age:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def drain(self, seconds: float) -> bool:
+        """Refuse new runs and wait until those that were taken are over. After `seconds` they end as by `stop`.
+
+        Returns whether all came to their own end.
+        """
+        with self._lock:
+            self._closing = True
+        if self._over_within(seconds):
+            return True
+        with self._lock:
+            runs = list(self._live.values())
+        for run in runs:
+            self.stop(run.id)
+        self._over_within(STOP_SECONDS)
+        return False
+
+    def _over_within(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while self._live and time.monotonic() < end:
+            time.sleep(0.05)
+        return not self._live
+
     def close(self) -> None:
         """End every run, wait for the model's current iteration and remove all files."""
         with self._lock:
@@ -319,7 +364,7 @@ class Session:
                 self._tell_places()
 
     def _place(self, run: _Run) -> int:
-        return self._waiting.index(run) + (self._running is not None)
+        return max(self._waiting.index(run) + len(self._running) + 1 - self._num_workers, 0)
 
     def _tell_places(self) -> None:
         for run in self._waiting:
@@ -330,18 +375,18 @@ class Session:
     def _work(self, run: _Run) -> float:
         with self._lock:
             self._waiting.remove(run)
-            self._running = run
+            self._running.append(run)
             self._tell_places()
         try:
             return self._generate(run)
         finally:
             with self._lock:
-                self._running = None
+                self._running.remove(run)
 
     def _generate(self, run: _Run) -> float:
         # Asked for again: the model may have left memory while the run waited.
         request, model = run.request, self.models.get(run.request.model)
-        pace, ahead = _PreviewPace(model.cost), self._seconds_ahead(request, model)
+        pace, ahead = PreviewPace(model.cost), self._seconds_ahead(request, model)
         started, ticked = time.monotonic(), float("-inf")
         stream = model.pipeline.stream(**self.arguments(request))
         try:
@@ -350,8 +395,9 @@ class Session:
                     # Kept here, not where events are drawn: what had finished stays when the visitor is gone.
                     Image.fromarray(frame).save(run.folder / f"frame-{index:03d}.png")
                     run.events.put(FrameReady(run.id, index, frame))
-                done = step.iteration == step.num_iterations
-                if time.monotonic() - ticked >= TICK or done:
+                # A step from elsewhere that brings guesses was made on a tick there.
+                due = step.iteration == step.num_iterations or (isinstance(step, RemoteStep) and step.guesses)
+                if time.monotonic() - ticked >= TICK or due:
                     self._preview(run, step, pace, time.monotonic() - started)
                     ticked = time.monotonic()
                     indices, levels = tuple(step.step_index.tolist()), tuple(step.noise_level.tolist())
@@ -367,15 +413,13 @@ class Session:
             model.cost.learn(float(ahead[0]), seconds - pace.spent)
         return seconds
 
-    def _preview(self, run: _Run, step: Any, pace: _PreviewPace, elapsed: float) -> None:
-        steps = run.request.num_inference_steps
-        active = [frame for frame, index in enumerate(step.step_index.tolist()) if 0 < index < steps]
-        chosen = pace.choose(active, elapsed)
-        if chosen:
-            begun = time.monotonic()
-            pictures = step.preview(chosen)
-            pace.paid(chosen, step.iteration, time.monotonic() - begun)
-            run.events.put(Preview(run.id, tuple(zip(chosen, pictures, strict=True))))
+    def _preview(self, run: _Run, step: Any, pace: PreviewPace, elapsed: float) -> None:
+        if isinstance(step, RemoteStep):
+            guesses = step.guesses  # what to decode was decided where the model is
+        else:
+            guesses = pace.decode(step, run.request.num_inference_steps, elapsed)
+        if guesses:
+            run.events.put(Preview(run.id, guesses))
 
     def arguments(self, request: GenerationRequest) -> dict[str, Any]:
         """The pipeline's arguments for a request: `pipe(**arguments)` gives the very frames of the run."""
@@ -438,8 +482,11 @@ class Session:
         return future.result()
 
     def _run_errands(self) -> None:
-        while self._errands:
-            future, call = self._errands.popleft()
+        while True:
+            try:
+                future, call = self._errands.popleft()
+            except IndexError:  # none, or another worker has it
+                return
             try:
                 future.set_result(call())
             except (ValueError, RuntimeError) as error:
@@ -448,7 +495,7 @@ class Session:
 
 def describe(error: BaseException) -> str:
     """One sentence for a visitor about what went wrong."""
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | ReplicaLost):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "The device ran out of memory; what had finished is kept. Choose a larger gap or a shorter length."

@@ -157,7 +157,9 @@ class Studio:
         self, value: dict[str, Any], *, seed: int, view: RunView | None = None, last: bool = True
     ) -> tuple[Any, ...]:
         if view is not None and view.phase == "running":
-            return value, *[gr.skip()] * 5
+            # The buttons again: two messages that reach the browser at once are merged before the first one is drawn.
+            buttons = gr.update(interactive=False), gr.update(interactive=True), gr.update(visible=False)
+            return value, gr.skip(), gr.skip(), *buttons
         if view is None:
             return value, gr.skip(), seed, *[gr.skip()] * 3
         over = view.result is not None and last
@@ -560,6 +562,12 @@ def launch_arguments() -> dict[str, Any]:
         "footer_links": ["api", "settings"],
         "show_error": True,
     }
+
+
+def mounted(session: Session) -> Any:
+    """The page around `session` as an ASGI application, for another server than gradio's own."""
+    demo = build_demo(session).queue(max_size=LIMITS.waiting_visitors)
+    return gr.mount_gradio_app(gr.routes.FastAPI(openapi_url=None), demo, "/", **launch_arguments())
 
 
 def launch(

@@ -160,7 +160,7 @@ def test_two_visitors_never_see_each_other_and_leaving_frees_the_model(page, bro
         press(other, "Generate")
         other.wait_for_function(f"{PHASE} === 'running'")
     end = time.monotonic() + 10
-    while site.session._running is not None:
+    while site.session._running:
         assert time.monotonic() < end, "the run goes on for nobody"
         time.sleep(0.05)
 

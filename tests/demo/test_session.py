@@ -169,7 +169,7 @@ def test_closing_frees_the_worker_at_its_next_iteration(slow):
     assert isinstance(events[-1], Finished)
     assert slow.iterations <= begun + 2 + 16
     assert not slow._live
-    assert slow._running is None
+    assert not slow._running
 
 
 def test_leaving_the_queue_lets_the_next_one_up(slow):
