@@ -220,8 +220,11 @@ class OriginalARDiffPipeline(ARDiffPipeline):
         self, num_frames: int, num_inference_steps: int, ar_step: int | Sequence[int], num_prompt_frames: int
     ) -> tuple[torch.Tensor, ADScheduler]:
         window = self.transformer.config.window
+        if num_frames is None:
+            raise ValueError("`num_frames` must be a number: this model evaluates a whole window of a known video.")
         if not self.config.compat:
             schedule, scheduler = super()._plan(num_frames, num_inference_steps, ar_step, num_prompt_frames)
+            schedule = ad_schedule(num_frames, num_inference_steps, ar_step, num_prompt_frames=num_prompt_frames)
         else:
             if not isinstance(ar_step, int):
                 raise ValueError(f"`ar_step` must be one int where `compat` is on but is {ar_step!r}.")
@@ -235,6 +238,11 @@ class OriginalARDiffPipeline(ARDiffPipeline):
         if num_frames < self.min_frames:
             raise ValueError(f"`num_frames` must be at least {window}, the window of this model, but is {num_frames}.")
         return schedule, scheduler
+
+    def _start_latents(
+        self, inputs: _Inputs, generator: torch.Generator | list[torch.Generator] | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return super()._start_latents(inputs, generator, dtype).get(0, inputs.schedule.shape[1])
 
     def _denoise(
         self, inputs: _Inputs, latents: torch.Tensor, guidance_scale: float, use_cache: bool | None
