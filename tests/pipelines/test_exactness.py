@@ -56,15 +56,7 @@ def obvious(pipe, num_frames, num_steps, ar_step):
     return latents
 
 
-PLANS = [
-    (6, 0, 16),
-    (6, 5, 16),
-    (6, 50, 16),
-    (9, 20, 3),
-    (9, 25, 2),
-    (6, [0, 50, 0, 50, 0], 2),
-    (5, [0, 3, 20, 50], 4),
-]
+PLANS = [(6, 0, 16), (6, 5, 16), (4, 50, 16), (7, 20, 3), (6, 25, 2), (4, [0, 50, 0], 2), (5, [0, 3, 20, 50], 4)]
 
 
 @pytest.mark.parametrize(("num_frames", "ar_step", "window"), PLANS)
@@ -78,7 +70,7 @@ def test_fifty_steps_equal_the_obvious_sampler(tiny_vae, num_frames, ar_step, wi
     assert (frames - expected).abs().max() <= limit * expected.abs().max()
 
 
-@pytest.mark.parametrize(("num_frames", "ar_step", "window"), PLANS)
+@pytest.mark.parametrize(("num_frames", "ar_step", "window"), [(6, 5, 16), (7, 20, 3), (6, 25, 2)])
 def test_what_lies_in_unused_slots_is_never_read(tiny_vae, num_frames, ar_step, window):
     """NaN behind what is held: in slots of frames that have not started and in those of frames that are out of sight."""
     pipe = pipeline(tiny_vae, window)
@@ -98,7 +90,7 @@ def test_what_lies_in_unused_slots_is_never_read(tiny_vae, num_frames, ar_step, 
 
 
 def grid():
-    for num_frames, num_steps, window, num_prompts in itertools.product((1, 2, 7), (1, 4), (2, 16), (0, 3)):
+    for num_frames, num_steps, window, num_prompts in itertools.product((1, 2, 5), (1, 3), (2, 16), (0, 3)):
         gaps = {"even 0": 0, "even 1": 1, "even N": num_steps}
         for profile in ("chunks", "ramp"):
             gaps[profile] = profile_gaps(
@@ -116,9 +108,9 @@ def grid():
             )  # fmt: skip
 
 
-@pytest.mark.parametrize(("num_frames", "num_steps", "ar_step", "window", "num_prompts"), grid())
+@pytest.mark.parametrize(("num_frames", "num_steps", "ar_step", "window", "num_prompts"), list(grid()))
 def test_counters(tiny_vae, num_frames, num_steps, ar_step, window, num_prompts):
-    """N + the sum of gaps calls; F * N evaluations, and one for each frame that a frame finished later can see... once."""
+    """N + the sum of gaps calls; F * N evaluations, and one for every frame that is followed by one that finishes later."""
     pipe, calls, commits = pipeline(tiny_vae, window, depth=1), [], []
 
     def count(module, args, kwargs):
@@ -185,7 +177,7 @@ def live_bytes():
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in gc.get_objects()
-        if isinstance(tensor, torch.Tensor)
+        if issubclass(type(tensor), torch.Tensor)  # isinstance would ask proxies, which warn
     }
     return sum(storages.values())
 
@@ -202,12 +194,12 @@ def memory_and_time(pipe, num_frames, marks, **arguments):
             return bytes_at, seconds_at
 
 
-@pytest.mark.parametrize("num_frames", [None, 2000])
-def test_two_thousand_frames_take_the_memory_of_a_few(tiny_vae, num_frames):
+@pytest.mark.parametrize(("num_frames", "marks"), [(None, (100, 1000, 2000)), (300, (100, 300))])
+def test_two_thousand_frames_take_the_memory_of_a_few(tiny_vae, num_frames, marks):
     """The row of the plan that a step of a finite video carries, 12 bytes a frame, is not counted."""
     pipe = pipeline(tiny_vae, window=4, depth=1)
     arguments = {"class_labels": [LABEL], "guidance_scale": 1.0, "num_inference_steps": 1, "ar_step": 1}
-    held, _ = memory_and_time(pipe, num_frames, (100, 1000, 2000), **arguments)
+    held, _ = memory_and_time(pipe, num_frames, marks, **arguments)
     assert len(set(held)) == 1
 
 
@@ -221,4 +213,3 @@ def test_two_thousand_frames_of_the_bundled_model():
     assert len(set(held)) == 1
     early, late = seconds[1] - seconds[0], seconds[3] - seconds[2]
     assert late <= 1.3 * early
-    print(f"{held[0] / 1e6:.1f} MB, {early / 500 * 1e3:.1f} and {late / 500 * 1e3:.1f} ms a frame")
