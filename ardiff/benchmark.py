@@ -180,7 +180,8 @@ def run_once(
         began, cpu_began, num_finished = time.perf_counter(), time.process_time(), 0
         for state in start(name, pipe, batch_size, num_frames, gap, num_steps):
             if state.num_finished > num_finished:
-                tokens = state.latents[:, num_finished - state.first : state.num_finished - state.first].cpu()
+                tokens = state.latents[:, num_finished - state.first : state.num_finished - state.first]
+                tokens = tokens.to("cpu", copy=True)  # a view would keep all frames in flight alive
                 times += [time.perf_counter() - began] * tokens.shape[1]
                 finished.append(tokens)
                 num_finished = state.num_finished

@@ -449,8 +449,11 @@ class ARDiffPipeline(DiffusionPipeline):
             inputs, finished, num_finished = self.check_inputs(*arguments), [], 0
             start_latents = self._start_latents(inputs, generator, self._latents_dtype)
             for state in self._denoise(inputs, start_latents, guidance_scale, use_cache):
-                finished.append(state.latents[:, num_finished - state.first : state.num_finished - state.first])
-                num_finished = state.num_finished
+                if state.num_finished > num_finished:
+                    # A copy: a view would keep all that is held alive.
+                    new = slice(num_finished - state.first, state.num_finished - state.first)
+                    finished.append(state.latents[:, new].clone())
+                    num_finished = state.num_finished
             latents = torch.cat(finished, dim=1)
             self.maybe_free_model_hooks()
             return ARDiffPipelineOutput(frames=latents) if return_dict else (latents,)
