@@ -208,8 +208,8 @@ def test_two_thousand_frames_of_the_bundled_model():
     """Memory to the byte, and the time of a frame: the last 500 take no longer than the first."""
     pipe = load_pipeline()
     marks = (100, 600, 1500, 2000)
-    arguments = {"class_labels": ["clouds"], "num_inference_steps": 4, "ar_step": 2}
-    held, seconds = memory_and_time(pipe, 2000, marks, **arguments)
+    arguments = {"class_labels": ["clouds"], "num_inference_steps": 2, "ar_step": 1, "guidance_scale": 1.0}
+    held, seconds = memory_and_time(pipe, None, marks, **arguments)
     assert len(set(held)) == 1
-    early, late = seconds[1] - seconds[0], seconds[3] - seconds[2]
+    early, late = seconds[1] - seconds[0], seconds[3] - seconds[2]  # of the CPU, 500 frames each
     assert late <= 1.3 * early
