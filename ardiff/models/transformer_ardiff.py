@@ -29,10 +29,10 @@ def frame_mask(
 
     Counted in frames; the last key is the last query.
     """
+    if num_queries == 1 and num_keys <= window:
+        return None
     query, key = torch.arange(num_keys - num_queries, num_keys)[:, None], torch.arange(num_keys)
     visible = (key <= query) & (key > query - window)
-    if bool(visible.all()):
-        return None
     return visible.repeat_interleave(num_tokens, 0).repeat_interleave(num_tokens, 1).to(device)
 
 
@@ -261,7 +261,9 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         first, num_held = (0, 0) if cache is None else (cache.num_committed, cache.num_held)
         if cache is not None:
             cache.reserve(num_frames)
-        mask = frame_mask(num_frames, num_held + num_frames, config.window, num_tokens, hidden_states.device)
+        mask = None
+        if num_held < config.window - 1:  # else each frame has its whole window: `attend_windows`
+            mask = frame_mask(num_frames, num_held + num_frames, config.window, num_tokens, hidden_states.device)
         rotary = frame_rotation(first, num_frames, self.head_dim, hidden_states.dtype, hidden_states.device)
         tokens = self.embed(hidden_states) + self.token_positions
         for layer, block in enumerate(self.blocks):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ardiff import ADScheduler, ARDiffPipeline, ARDiffTransformerModel, ad_schedule
 from ardiff.pipelines.loading import load_pipeline
@@ -128,6 +129,25 @@ def test_counters(tiny_vae, num_frames, num_steps, ar_step, window, num_prompts)
     assert sum(calls) == num_frames * num_steps + sum(commits)
     if isinstance(ar_step, int) and ar_step > 0:
         assert sum(calls) - num_prompts == num_frames * num_steps + num_frames - 1
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what would make the host wait for a device: values read off tensors, shapes that depend on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ar_step", [0, 1, 3])
+def test_the_loop_waits_for_nothing(tiny_vae, ar_step):
+    pipe = pipeline(tiny_vae, window=6)
+    inputs = pipe.check_inputs(None, [LABEL], 6, ar_step, 6, GUIDANCE, None)
+    start = pipe._start_latents(inputs, torch.Generator().manual_seed(0), torch.float32)
+    states = pipe._denoise(inputs, start, GUIDANCE, True)
+    with NothingWaits():
+        assert len(list(states)) == len(inputs.schedule)
 
 
 # --- without end ------------------------------------------------------------------------------------------------
