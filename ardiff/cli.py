@@ -701,6 +701,60 @@ def run_serve(args: argparse.Namespace) -> None:
     serve_studio(Cluster(**{**options, "models": tuple(args.models or ())}), say=functools.partial(print, flush=True))
 
 
+# --- bench ------------------------------------------------------------------------------------------------------
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    from ardiff.benchmark import CONTESTANTS, SIZES
+
+    parser.add_argument(
+        "--size",
+        choices=SIZES,
+        default="mini",
+        help="mini: the bundled model; published: the authors' size with random weights; default: mini",
+    )
+    parser.add_argument("--device", default="cpu", help="a torch device: cpu, cuda; default: cpu")
+    parser.add_argument("--frames", type=parse_gap_list, default=[16], metavar="F,F", help="of a video; default: 16")
+    parser.add_argument(
+        "--gaps",
+        type=parse_gap_list,
+        metavar="GAP,GAP",
+        help="timestep gaps; default: 0, a tenth of the steps, the steps",
+    )
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps of every frame; default: 50")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each contestant at each gap; default: 3")
+    parser.add_argument("--batch-size", type=int, default=1, help="videos at once; default: 1")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; default: 1")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=CONTESTANTS,
+        default=list(CONTESTANTS),
+        help="who runs; ratios are over the first; default: all",
+    )
+    parser.add_argument("--quick", action="store_true", help="4 steps, without gap 0: under a minute on two cores")
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    from ardiff.benchmark import benchmark, format_benchmark
+
+    hide_loading_bar()
+    steps = 4 if args.quick else args.steps
+    gaps = args.gaps or ([1, steps] if args.quick else [0, max(steps // 10, 1), steps])
+    report = benchmark(
+        size=args.size,
+        device=args.device,
+        frames=args.frames,
+        gaps=gaps,
+        num_steps=steps,
+        rounds=args.rounds,
+        batch_size=args.batch_size,
+        threads=args.threads,
+        contestants=args.contestants,
+    )
+    print(format_benchmark(report))
+
+
 # --- deploy -----------------------------------------------------------------------------------------------------
 
 
@@ -772,6 +826,11 @@ VERBS = {
         help="draw the laws of training timesteps, plans, losses, quality against gap, and samples",
         add_options=add_plot_options,
         run=run_plot,
+    ),
+    "bench": Verb(
+        help="measure what the engine costs beside the sampler of the paper",
+        add_options=add_bench_options,
+        run=run_bench,
     ),
     "scenes": Verb(help="write a contact sheet of the scenes", add_options=add_scenes_options, run=run_scenes),
     "demo": Verb(help="serve the studio", add_options=add_demo_options, run=run_demo),

@@ -363,9 +363,9 @@ def train(
             weight = snr_weight(scheduler.alphas_cumprod, timesteps, config.snr_cap)
         run.update(diffusion_loss(output, target, weight))
         count(3 * NUM_FRAMES * size.batch_size)
-    run.swap_in_average()
+    model = run.averaged()
     run.close()
-    return run.network
+    return model
 
 
 def measure(job: Job, pipe: ARDiffPipeline, folder: Path, count: Count) -> dict:

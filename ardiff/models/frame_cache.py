@@ -1,18 +1,21 @@
-"""Keys and values of finished frames: what lets a causal model evaluate every finished frame only once more.
+"""Keys and values of earlier frames: what lets a causal model evaluate every finished frame only once more.
 
-Layout: one tensor of shape (layers, 2, B, H, slots, L, head size); frame f lies in slot f mod slots, so memory does not
-grow with the video. Keys are stored rotated by their frame index; rotary attention sees only differences.
+Layout: one tensor of shape (layers, 2, B, H, slots, L, head size). The last `window` - 1 finished frames lie in front, in
+order, and the frames of the running call behind them, so that what a call reads is one slice of it. When a frame is
+committed the frames move up by one place, and the oldest one is gone: memory does not grow with the video, and in a long
+one nothing about a slot changes but what is in it. Keys are stored rotated by their frame index; rotary attention sees only
+differences.
 """
 
 import torch
 
 
 class FrameKVCache:
-    """Ring of the last `window` - 1 committed frames.
+    """The last `window` - 1 committed frames, and room for those of a call.
 
     Args:
         num_layers, batch_size, num_heads, head_dim, num_tokens: of the model and the run (both guidance halves counted).
-        window (int): how many frames back a frame can see, itself included; >= 1.
+        window (int): how many frames back a frame can see, itself included; >= 2.
     """
 
     def __init__(
@@ -27,35 +30,52 @@ class FrameKVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.num_slots = window - 1
+        self.window = window
         self.num_committed = 0
-        shape = (num_layers, 2, batch_size, num_heads, self.num_slots, num_tokens, head_dim)
+        shape = (num_layers, 2, batch_size, num_heads, window, num_tokens, head_dim)
         self.storage = torch.empty(shape, device=device, dtype=dtype)
 
     @property
     def nbytes(self) -> int:
         return self.storage.nbytes
 
-    def frames(self) -> tuple[int, ...]:
-        """Indices of the frames held, in the order of their slots."""
-        if self.num_committed <= self.num_slots:
-            return tuple(range(self.num_committed))
-        first = self.num_committed - self.num_slots
-        return tuple(first + (slot - first) % self.num_slots for slot in range(self.num_slots))
+    @property
+    def num_held(self) -> int:
+        """How many committed frames a call sees."""
+        return min(self.num_committed, self.window - 1)
 
-    def get(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the frames held, each (B, H, frames * L, head size)."""
-        held = self.storage[layer, :, :, :, : min(self.num_committed, self.num_slots)].flatten(3, 4)
-        return held[0], held[1]
+    def frames(self) -> range:
+        """Indices of the committed frames that are held, in the order of their slots."""
+        return range(self.num_committed - self.num_held, self.num_committed)
 
-    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the next frames of one layer, each (B, H, frames, L, head size); `advance` makes them visible."""
-        num_frames = keys.shape[2]
-        for index in range(max(num_frames - self.num_slots, 0), num_frames):
-            slot = (self.num_committed + index) % self.num_slots
-            self.storage[layer, 0, :, :, slot] = keys[:, :, index]
-            self.storage[layer, 1, :, :, slot] = values[:, :, index]
+    def reserve(self, num_frames: int) -> None:
+        """Make sure of room for a call with so many frames."""
+        num_slots = self.window - 1 + num_frames
+        if num_slots > self.storage.shape[4]:
+            held = self.storage[..., : self.num_held, :, :]
+            self.storage = held.new_empty((*held.shape[:4], num_slots, *held.shape[5:]))
+            self.storage[..., : self.num_held, :, :] = held
 
-    def advance(self, num_frames: int) -> None:
-        """Count the frames that every layer has stored."""
+    def extend(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the frames of a call, (B, H, frames, L, head size), behind the committed ones of one layer.
+
+        Returns:
+            Keys and values of both, views of shape (B, H, frames * L, head size). They count for no later call unless
+            `commit` says so.
+        """
+        stop = self.num_held + keys.shape[2]
+        self.storage[layer, 0, :, :, self.num_held : stop] = keys
+        self.storage[layer, 1, :, :, self.num_held : stop] = values
+        all_keys, all_values = self.storage[layer, :, :, :, :stop].flatten(3, 4)
+        return all_keys, all_values
+
+    def commit(self, num_frames: int) -> None:
+        """The first so many frames of the call are finished: once every layer has them, later calls see them."""
+        surplus = max(self.num_held + num_frames - (self.window - 1), 0)
         self.num_committed += num_frames
+        if not surplus:
+            return
+        for layer in self.storage:
+            layer[..., : self.num_held, :, :] = layer[..., surplus : surplus + self.num_held, :, :].clone()
+        if num_frames > self.window:  # A long prompt: its room is needed only once.
+            self.storage = self.storage[..., : self.window, :, :].clone()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ardiff.models.frame_cache import FrameKVCache
@@ -20,41 +21,66 @@ from ardiff.models.frame_cache import FrameKVCache
 ROTARY_BASE = 100.0  # Lags of a window of some dozens of frames; 10,000 would leave most pairs nearly unrotated.
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def frame_mask(
-    query_frames: tuple[int, ...],
-    key_frames: tuple[int, ...],
-    window: int,
-    num_tokens: int,
-    device: torch.device,
-    causal: bool = True,
+    num_queries: int, num_keys: int, window: int, num_tokens: int, device: torch.device, causal: bool = True
 ) -> torch.Tensor | None:
-    """Which keys a query sees, (queries * L, keys * L) bool, True = visible; None when everything is visible."""
-    query, key = torch.tensor(query_frames)[:, None], torch.tensor(key_frames)[None, :]
-    visible = (key > query - window) & (key < query + (1 if causal else window))
-    if bool(visible.all()):
+    """Which keys a query sees, (queries * L, keys * L) bool, True = visible; None when everything is visible.
+
+    Counted in frames; the last key is the last query.
+    """
+    if num_keys <= window and (num_queries == 1 or not causal):
         return None
+    query, key = torch.arange(num_keys - num_queries, num_keys)[:, None], torch.arange(num_keys)
+    visible = (key > query - window) & (key < query + (1 if causal else window))
     return visible.repeat_interleave(num_tokens, 0).repeat_interleave(num_tokens, 1).to(device)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=16)
 def frame_rotation(
-    first: int, num_frames: int, num_pairs: int, dtype: torch.dtype, device: torch.device
+    first: int, num_frames: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each (num_frames, 1, num_pairs), of the rotary angles of consecutive frames.
+    """cos and signed sin, each (num_frames, 1, head_dim), of the rotary angles of consecutive frames, as `rotate` takes them.
 
-    Computed in float64 on the CPU: only differences of angles matter, also between frames far into a long video.
+    Half of the features are rotated. Computed in float64 on the CPU: only differences of angles matter, also between
+    frames far into a long video.
     """
+    num_pairs = head_dim // 4
     frequency = ROTARY_BASE ** (-torch.arange(num_pairs, dtype=torch.float64) / num_pairs)
     angle = torch.arange(first, first + num_frames)[:, None, None] * frequency
-    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+    cos, sin, rest = angle.cos(), angle.sin(), angle.new_zeros(num_frames, 1, head_dim - 2 * num_pairs)
+    return (
+        torch.cat([cos, cos, rest + 1], dim=-1).to(device, dtype),
+        torch.cat([-sin, sin, rest], dim=-1).to(device, dtype),
+    )
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first 2 * R features of (B, H, F, L, head size) by angles whose cos and sin have shape (F, 1, R)."""
-    half = cos.shape[-1]
-    first, second, rest = states[..., :half], states[..., half : 2 * half], states[..., 2 * half :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    """Rotate feature i of (..., F, L, head size) with feature i + head size / 4, for the first half of the features."""
+    num_pairs = states.shape[-1] // 4
+    first, second, rest = states.split([num_pairs, num_pairs, states.shape[-1] - 2 * num_pairs], dim=-1)
+    return torch.addcmul(states * cos, torch.cat([second, first, rest], dim=-1), sin)
+
+
+def attend_windows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
+    """Attention of F frames, each to its own `window` frames of the W - 1 + F that the keys are: the band without a mask.
+
+    The windows are views that overlap, so nothing is copied and nothing invisible is computed.
+
+    Args:
+        query (B, H, F, L, head size); keys, values (B, H, (W - 1 + F) * L, head size), in order.
+
+    Returns:
+        torch.Tensor of shape (B, F, L, H * head size).
+    """
+    batch_size, _, _, num_tokens, _ = query.shape
+    # (B * H, F, head size, W * L) -> (F, B * H, W * L, head size)
+    keys, values = (
+        states.flatten(0, 1).unfold(1, window * num_tokens, num_tokens).permute(1, 0, 3, 2)
+        for states in (keys, values)
+    )
+    attended = F.scaled_dot_product_attention(query.flatten(0, 1).transpose(0, 1), keys, values)
+    return attended.unflatten(1, (batch_size, -1)).permute(1, 0, 3, 2, 4).flatten(3)
 
 
 class FrameBlock(nn.Module):
@@ -81,27 +107,37 @@ class FrameBlock(nn.Module):
         mask: torch.Tensor | None,
         cache: FrameKVCache | None,
         layer: int,
-        num_commit: int,
     ) -> torch.Tensor:
-        """hidden_states (B, F, L, D); modulation (B, F, 1, 6, D); mask (S, keys) or None."""
+        """hidden_states (B, F, L, D); modulation (B, F, 1, 6, D); mask (S, keys) or None; the new `hidden_states`."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (modulation + self.modulation_offset).unbind(-2)
-        qkv = self.qkv(self.norm(hidden_states) * (1 + scale_a) + shift_a)
-        # (B, F, L, 3, H, head size) -> three of (B, H, F, L, head size)
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).unbind(0)
-        cos, sin = (table.to(value.dtype) for table in rotary)
-        query, key = rotate(self.norm_qk(query), cos, sin), rotate(self.norm_qk(key), cos, sin)
-        keys, values = key.flatten(2, 3), value.flatten(2, 3)
-        if cache is not None:
-            cached_keys, cached_values = cache.get(layer)
-            keys = torch.cat([cached_keys, keys], dim=2)
-            values = torch.cat([cached_values, values], dim=2)
-            # Stored after reading: the frame that falls out of the ring is still visible to the first one committed.
-            cache.store(layer, key[:, :, :num_commit], value[:, :, :num_commit])
+        qkv = self.qkv(torch.addcmul(shift_a, self.norm(hidden_states), 1 + scale_a))
+        # (B, F, L, 3, H, head size) -> (3, B, H, F, L, head size)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+        query, key = rotate(self.norm_qk(qkv[:2]), *rotary)
+        hidden_states = torch.addcmul(
+            hidden_states, gate_a, self.proj(self.attend(query, key, qkv[2], mask, cache, layer))
+        )
+        inner = self.fc1(torch.addcmul(shift_m, self.norm(hidden_states), 1 + scale_m))
+        return torch.addcmul(hidden_states, gate_m, self.fc2(F.gelu(inner, approximate="tanh")))
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: FrameKVCache | None,
+        layer: int,
+    ) -> torch.Tensor:
+        """(B, H, F, L, head size) each, of the frames of this call, to (B, F, L, D)."""
+        if cache is None:
+            keys, values = key.flatten(2, 3), value.flatten(2, 3)
+        else:
+            keys, values = cache.extend(layer, key, value)
+            if cache.num_held == cache.window - 1:
+                return attend_windows(query, keys, values, cache.window)
         attended = F.scaled_dot_product_attention(query.flatten(2, 3), keys, values, attn_mask=mask)
-        attended = attended.transpose(1, 2).flatten(2).unflatten(1, hidden_states.shape[1:3])
-        hidden_states = hidden_states + gate_a * self.proj(attended)
-        inner = self.fc1(self.norm(hidden_states) * (1 + scale_m) + shift_m)
-        return hidden_states + gate_m * self.fc2(F.gelu(inner, approximate="tanh"))
+        return attended.transpose(1, 2).flatten(2).unflatten(1, query.shape[2:4])
 
 
 class ARDiffTransformerModel(ModelMixin, ConfigMixin):
@@ -172,14 +208,31 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
             device=self.device, dtype=self.dtype,
         )  # fmt: skip
 
+    @apply_forward_hook
+    def modulate(
+        self, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that timestep and class do: the modulation of the blocks (B, F, 1, 6, D) and of the output (B, F, 1, 2D + C).
+
+        They depend on nothing else, so a run computes them once for all of its timesteps. Arguments as in `forward`.
+        """
+        batch_size, num_frames = timestep.shape
+        if class_labels is None:
+            class_labels = torch.full((batch_size,), self.null_class, device=timestep.device)
+        features = self.timestep_features(timestep.flatten()).to(self.dtype)
+        condition = self.timestep_embedding(features).unflatten(0, (batch_size, num_frames))
+        condition = F.silu(condition + self.class_embedding(class_labels)[:, None])[:, :, None]
+        return self.modulation(condition).unflatten(-1, (6, -1)), self.modulation_out(condition)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
+        timestep: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
         *,
         cache: FrameKVCache | None = None,
         num_commit: int = 0,
+        modulation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """One evaluation of consecutive frames.
 
@@ -190,6 +243,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
             class_labels (torch.Tensor of shape (B,) or None): int64 in [0, classes], the last = no class. None = no class.
             cache (FrameKVCache or None): finished frames, from `new_cache`.
             num_commit (int): the first so many frames are finished (timestep 0) and are added to the cache.
+            modulation: what `modulate` gives, in place of `timestep` and `class_labels`.
 
         Returns:
             torch.Tensor of shape (B, F, L, C).
@@ -201,29 +255,26 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
                 f"`hidden_states` must have shape (batch, frames, {config.num_tokens}, {config.in_channels}) "
                 f"but has {tuple(hidden_states.shape)}."
             )
-        if timestep.shape != (batch_size, num_frames):
-            raise ValueError(f"`timestep` must have shape {(batch_size, num_frames)} but has {tuple(timestep.shape)}.")
+        if modulation is None and (timestep is None or timestep.shape != (batch_size, num_frames)):
+            came = "is None" if timestep is None else f"has {tuple(timestep.shape)}"
+            raise ValueError(f"`timestep` must have shape {(batch_size, num_frames)} but {came}.")
         if num_commit and cache is None:
             raise ValueError(f"`num_commit` must be 0 without a `cache` but is {num_commit}.")
-        first = cache.num_committed if cache is not None else 0
-        frames = tuple(range(first, first + num_frames))
-        key_frames = (cache.frames() if cache is not None else ()) + frames
-        mask = frame_mask(frames, key_frames, config.window, num_tokens, hidden_states.device, config.causal)
+        block_modulation, out_modulation = self.modulate(timestep, class_labels) if modulation is None else modulation
 
-        rotary = frame_rotation(first, num_frames, self.head_dim // 4, hidden_states.dtype, hidden_states.device)
-
-        if class_labels is None:
-            class_labels = torch.full((batch_size,), self.null_class, device=hidden_states.device)
-        features = self.timestep_features(timestep.flatten()).to(hidden_states.dtype)
-        condition = self.timestep_embedding(features).unflatten(0, (batch_size, num_frames))
-        condition = F.silu(condition + self.class_embedding(class_labels)[:, None])[:, :, None]
-        modulation = self.modulation(condition).unflatten(-1, (6, -1))
-
+        first, num_held = (0, 0) if cache is None else (cache.num_committed, cache.num_held)
+        if cache is not None:
+            cache.reserve(num_frames)
+        mask = None
+        if num_held < config.window - 1:  # else each frame has its whole window: `attend_windows`
+            mask = frame_mask(
+                num_frames, num_held + num_frames, config.window, num_tokens, hidden_states.device, config.causal
+            )
+        rotary = frame_rotation(first, num_frames, self.head_dim, hidden_states.dtype, hidden_states.device)
         tokens = self.embed(hidden_states) + self.token_positions
         for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, modulation, rotary, mask, cache, layer, num_commit)
-        if cache is not None and num_commit:
-            cache.advance(num_commit)
-        width = config.width
-        shift, scale, through = self.modulation_out(condition).split([width, width, channels], dim=-1)
-        return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift) + through * hidden_states
+            tokens = block(tokens, block_modulation, rotary, mask, cache, layer)
+        if num_commit:
+            cache.commit(num_commit)
+        shift, scale, through = out_modulation.split([config.width, config.width, channels], dim=-1)
+        return self.proj_out(torch.addcmul(shift, self.norm_out(tokens), 1 + scale)) + through * hidden_states

@@ -4,11 +4,14 @@
 prompt frames, L tokens per frame, C latent channels.
 What is evaluated: the active frames, and before them, at timestep 0, the finished frames that are not in the cache yet.
 So F frames of N steps cost F * N + (F - 1) evaluations (F * N when the gap is 0); waiting frames cost nothing.
+What is held: the window of the model, the frames in flight, and nothing that grows with the video.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +24,10 @@ from huggingface_hub import snapshot_download
 from ardiff.data.pixels import to_pixels, to_uint8
 from ardiff.data.video import fit_frame, read_video
 from ardiff.models.autoencoder_arvae import AutoencoderARVAE, DecoderCache
+from ardiff.models.frame_cache import FrameKVCache
 from ardiff.models.transformer_ardiff import ARDiffTransformerModel
 from ardiff.pipelines.pipeline_output import ARDiffPipelineOutput, ARDiffStep
-from ardiff.schedulers.ad_schedule import ad_schedule, check_window
+from ardiff.schedulers.ad_schedule import ADPlan, ad_schedule, check_window
 from ardiff.schedulers.scheduling_ad import ADScheduler
 
 
@@ -37,7 +41,7 @@ class _Inputs:
 
     prompts: torch.Tensor | None  # (B, P, 3, S, S) in [-1, 1]
     labels: torch.Tensor | None  # (B,) int64
-    schedule: torch.Tensor  # (R, F)
+    schedule: ADPlan | torch.Tensor  # R rows of F step indices
     scheduler: ADScheduler  # this run's own: runs with other numbers of steps may be under way
     num_inference_steps: int  # as asked for
     batch_size: int
@@ -46,13 +50,79 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _Iteration:
-    """Latents after one iteration and the x0 guess they came from, both (B, F, L, C)."""
+    """Latents after one iteration and the x0 guess they came from, both (B, frames, L, C), of the frames that are held."""
 
     row: int
     latents: torch.Tensor
     guess: torch.Tensor
     frame_evaluations: int
     num_finished: int  # so many first frames have their last value
+    first: int = 0  # the first frame that is held
+
+
+class StartLatents:
+    """What frames start from, (B, 1, L, C) each: the prompt's tokens, then noise, drawn the first time it is asked for.
+
+    Noise is drawn frame by frame and in order, for prompt frames too: frame f starts from the same noise whatever the
+    length of the video and of its prompt.
+    """
+
+    def __init__(self, prompt: torch.Tensor | None, draw: Callable[[], torch.Tensor]) -> None:
+        self._prompt = () if prompt is None else prompt.split(1, dim=1)
+        self._draw = draw
+        self._first, self._frames = 0, deque()
+
+    def get(self, first: int, stop: int) -> torch.Tensor:
+        """(B, stop - first, L, C) of frames that have not been forgotten."""
+        while (frame := self._first + len(self._frames)) < stop:
+            noise = self._draw()
+            self._frames.append(self._prompt[frame].to(noise.dtype) if frame < len(self._prompt) else noise)
+        return torch.cat([self._frames[frame - self._first] for frame in range(first, stop)], dim=1)
+
+    def forget(self, stop: int) -> None:
+        """Let go of the frames before `stop`."""
+        while self._first < stop:
+            self._frames.popleft()
+            self._first += 1
+
+
+Network = Callable[[torch.Tensor, torch.Tensor, FrameKVCache | None, int], torch.Tensor]
+"""Latents (B, F, L, C), step indices (F,), the cache and how many frames to commit to it -> the guided output (B, F, L, C)."""
+
+
+def denoise(
+    network: Network,
+    start_latents: StartLatents,
+    plan: ADPlan,
+    scheduler: ADScheduler,
+    cache: FrameKVCache | None,
+    *,
+    window: int,
+) -> Iterator[_Iteration]:
+    """Run a plan; yields after every iteration. The plan is read as Python ints: nothing waits for the device.
+
+    A call evaluates the frames [first, stop): the finished ones that the cache does not hold yet, at step index N, which
+    commits them, then the active ones. Without a cache `first` is 0: everything again in every call, the slow and obvious
+    way to the same result. Held are the frames in flight and, for previews, the last `window` finished ones.
+    """
+    num_steps = plan.num_inference_steps
+    held, latents = 0, start_latents.get(0, plan.num_prompt_frames + 1)
+    for index, row in enumerate(plan.rows()):
+        if row.stop > held + latents.shape[1]:
+            latents = torch.cat([latents, start_latents.get(held + latents.shape[1], row.stop)], dim=1)
+        first = 0 if cache is None else cache.num_committed
+        num_behind = row.start - first
+        steps = torch.tensor([num_steps] * num_behind + list(row.steps)).to(latents.device, non_blocking=True)
+        output = network(latents[:, first - held :], steps, cache, 0 if cache is None else num_behind)[:, num_behind:]
+        finished, active = latents[:, : row.start - held], latents[:, row.start - held :]
+        result = scheduler.step(output, steps[num_behind:], active)
+        guess = torch.cat([finished, result.pred_original_sample], dim=1)
+        latents = torch.cat([finished, result.prev_sample], dim=1)
+        yield _Iteration(index, latents, guess, row.stop - first, row.num_finished, held)
+        if cache is not None and row.num_finished - window > held:
+            latents = latents[:, row.num_finished - window - held :]
+            held = row.num_finished - window
+            start_latents.forget(held)
 
 
 class ARDiffPipeline(DiffusionPipeline):
@@ -121,7 +191,7 @@ class ARDiffPipeline(DiffusionPipeline):
         self,
         prompt_frames: PromptFrames | None,
         class_labels: Sequence[str | int] | None,
-        num_frames: int,
+        num_frames: int | None,
         ar_step: int | Sequence[int],
         num_inference_steps: int,
         guidance_scale: float,
@@ -169,18 +239,25 @@ class ARDiffPipeline(DiffusionPipeline):
         )
 
     def _plan(
-        self, num_frames: int, num_inference_steps: int, ar_step: int | Sequence[int], num_prompt_frames: int
-    ) -> tuple[torch.Tensor, ADScheduler]:
+        self, num_frames: int | None, num_inference_steps: int, ar_step: int | Sequence[int], num_prompt_frames: int
+    ) -> tuple[ADPlan | torch.Tensor, ADScheduler]:
         """The AD schedule of a run and a scheduler of its own."""
-        schedule = ad_schedule(num_frames, num_inference_steps, ar_step, num_prompt_frames=num_prompt_frames)
-        check_window(schedule, self.transformer.config.window, num_prompt_frames=num_prompt_frames)
+        schedule = ADPlan(num_frames, num_inference_steps, ar_step, num_prompt_frames=num_prompt_frames)
+        check_window(schedule, self.transformer.config.window)
+        if not self.supports_frame_cache:
+            self._check_whole_window(num_frames)
+            schedule = ad_schedule(num_frames, num_inference_steps, ar_step, num_prompt_frames=num_prompt_frames)
+        scheduler = ADScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps)
+        return schedule, scheduler
+
+    def _check_whole_window(self, num_frames: int | None) -> None:
+        if num_frames is None:
+            raise ValueError("`num_frames` must be a number: this model evaluates a whole window of a known video.")
         if num_frames < self.min_frames:
             raise ValueError(
                 f"`num_frames` must be at least {self.min_frames}, the window of this model, but is {num_frames}."
             )
-        scheduler = ADScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps)
-        return schedule, scheduler
 
     def _class_index(self, label: str | int) -> int:
         if isinstance(label, str) and label in self.class_names:
@@ -218,68 +295,60 @@ class ARDiffPipeline(DiffusionPipeline):
 
     def _start_latents(
         self, inputs: _Inputs, generator: torch.Generator | list[torch.Generator] | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Noise, and the prompt's tokens in front, (B, F, L, C).
-
-        Noise is drawn frame by frame, for prompt frames too: frame f starts from the same noise whatever the length of
-        the video and of its prompt.
-        """
+    ) -> StartLatents:
         config, device = self.transformer.config, self._execution_device
         shape = (inputs.batch_size, 1, config.num_tokens, config.in_channels)
-        noise = [
-            randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-            for _ in range(inputs.schedule.shape[1])
-        ]
-        latents = torch.cat(noise, dim=1)
+        prompt = None
         if inputs.prompts is not None:
-            tokens = self.vae.encode(inputs.prompts.to(device, self.vae.dtype)).mode()
-            latents[:, : inputs.num_prompt_frames] = tokens.to(dtype)
-        return latents
+            prompt = self.vae.encode(inputs.prompts.to(device, self.vae.dtype)).mode()
+        return StartLatents(prompt, lambda: randn_tensor(shape, generator=generator, device=device, dtype=dtype))
 
     def _denoise(
-        self, inputs: _Inputs, latents: torch.Tensor, guidance_scale: float, use_cache: bool | None
+        self, inputs: _Inputs, start_latents: StartLatents, guidance_scale: float, use_cache: bool | None
     ) -> Iterator[_Iteration]:
-        """Run the plan; yields after every iteration. The plan is read as Python ints: nothing waits for the device."""
+        """Run the plan; yields after every iteration."""
         if not self.supports_frame_cache:
-            yield from self._denoise_whole_window(inputs, latents, guidance_scale, use_cache)
-            return
-        use_cache = use_cache is not False
-        device, scheduler, num_steps = latents.device, inputs.scheduler, inputs.scheduler.num_inference_steps
+            return self._denoise_whole_window(inputs, start_latents, guidance_scale, use_cache)
+        cache = None
+        if use_cache is not False:
+            guided = self.is_guided(guidance_scale, inputs.labels is not None)
+            cache = self.transformer.new_cache(inputs.batch_size * (1 + guided))
+        network = self._network(inputs, guidance_scale)
+        window = self.transformer.config.window
+        return denoise(network, start_latents, inputs.schedule, inputs.scheduler, cache, window=window)
+
+    def _network(self, inputs: _Inputs, guidance_scale: float) -> Network:
+        """The guided network of a run.
+
+        Both guidance halves are one batch. What timesteps and classes do is computed here, for the whole run.
+        """
+        transformer, device = self.transformer, self._execution_device
         guided = self.is_guided(guidance_scale, inputs.labels is not None)
-        labels = None if inputs.labels is None else inputs.labels.to(device)
+        labels = torch.full((inputs.batch_size,), transformer.null_class) if inputs.labels is None else inputs.labels
         if guided:
-            labels = torch.cat([torch.full_like(labels, self.transformer.null_class), labels])
-        cache = self.transformer.new_cache(inputs.batch_size * (1 + guided)) if use_cache else None
-        before = torch.zeros_like(inputs.schedule[0])
-        before[: inputs.num_prompt_frames] = num_steps
-        for row, after in enumerate(inputs.schedule):
-            active = [
-                frame for frame, (a, b) in enumerate(zip(before.tolist(), after.tolist(), strict=True)) if a != b
-            ]
-            start, stop = active[0], active[-1] + 1
-            # Finished frames in front of the active ones: with a cache only those it does not hold yet.
-            first = cache.num_committed if use_cache else 0
-            timestep = scheduler.timestep_of(before[first:stop]).to(device)
-            sample = latents[:, first:stop]
-            model_input = torch.cat([sample, sample]) if guided else sample
-            output = self.transformer(
-                model_input.to(self.transformer.dtype),
-                timestep.expand(len(model_input), -1),
-                labels,
-                cache=cache,
-                num_commit=start - first if use_cache else 0,
-            )[:, start - first :].to(latents.dtype)
-            if guided:
-                without, with_class = output.chunk(2)
-                output = without + guidance_scale * (with_class - without)
-            result = scheduler.step(output, before[start:stop], latents[:, start:stop])
-            guess = torch.cat([latents[:, :start], result.pred_original_sample, latents[:, stop:]], dim=1)
-            latents = torch.cat([latents[:, :start], result.prev_sample, latents[:, stop:]], dim=1)
-            before = after
-            yield _Iteration(row, latents, guess, stop - first, int((after == num_steps).sum()))
+            labels = torch.cat([torch.full_like(labels, transformer.null_class), labels])
+        labels, video = labels.unique(return_inverse=True)
+        timesteps = inputs.scheduler.timestep_of(torch.arange(inputs.scheduler.num_inference_steps + 1))
+        # (labels, N + 1, ...) each
+        tables = transformer.modulate(timesteps.expand(len(labels), -1).to(device), labels.to(device))
+        video = video[:, None].to(device)
+
+        def network(
+            latents: torch.Tensor, steps: torch.Tensor, cache: FrameKVCache | None = None, num_commit: int = 0
+        ) -> torch.Tensor:
+            sample = torch.cat([latents, latents]) if guided else latents
+            modulation = tuple(table[video, steps] for table in tables)
+            sample = sample.to(transformer.dtype)
+            output = transformer(sample, cache=cache, num_commit=num_commit, modulation=modulation).to(latents.dtype)
+            if not guided:
+                return output
+            without, with_class = output.chunk(2)
+            return without + guidance_scale * (with_class - without)
+
+        return network
 
     def _denoise_whole_window(
-        self, inputs: _Inputs, latents: torch.Tensor, guidance_scale: float, use_cache: bool | None
+        self, inputs: _Inputs, start_latents: StartLatents, guidance_scale: float, use_cache: bool | None
     ) -> Iterator[_Iteration]:
         """Run the plan with a network that is not causal: every iteration evaluates the window, waiting frames included."""
         from ardiff.pipelines.pipeline_original import denoise_window
@@ -288,6 +357,7 @@ class ARDiffPipeline(DiffusionPipeline):
             raise ValueError(
                 "`use_cache` must be None or False: later frames change the keys and values of earlier ones in this model."
             )
+        latents = start_latents.get(0, inputs.schedule.shape[1])
         transformer, guided = self.transformer, self.is_guided(guidance_scale, inputs.labels is not None)
         labels = None if inputs.labels is None else inputs.labels.to(latents.device)
 
@@ -299,7 +369,7 @@ class ARDiffPipeline(DiffusionPipeline):
             without = transformer(sample, timestep).to(latents.dtype)
             return without + guidance_scale * (output - without)
 
-        yield from denoise_window(
+        return denoise_window(
             predict,
             latents,
             inputs.schedule,
@@ -313,7 +383,7 @@ class ARDiffPipeline(DiffusionPipeline):
         self,
         prompt_frames: PromptFrames | None = None,
         class_labels: Sequence[str | int] | None = None,
-        num_frames: int = 16,
+        num_frames: int | None = 16,
         ar_step: int | Sequence[int] = 5,
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
@@ -326,7 +396,8 @@ class ARDiffPipeline(DiffusionPipeline):
             prompt_frames: given first frames: PIL images or uint8 (H, W, 3) arrays, a uint8 array (P, H, W, 3) or
                 (B, P, H, W, 3), or the path of a video. Cropped to the model's square. None = none.
             class_labels: one class name or number per video. None = no class.
-            num_frames: frames of the video, prompt frames included; more than there are prompt frames.
+            num_frames: frames of the video, prompt frames included; more than there are prompt frames. None = the video
+                goes on until the generator is closed, in constant memory, for one int `ar_step` >= 1.
             ar_step: lag between neighbouring frames in [0, `num_inference_steps`], or one lag for every new frame after
                 the first. 0 = all together, `num_inference_steps` = one frame after the other.
             num_inference_steps: denoising steps per frame, in [1, 1000].
@@ -341,44 +412,64 @@ class ARDiffPipeline(DiffusionPipeline):
         inputs = self.check_inputs(
             prompt_frames, class_labels, num_frames, ar_step, num_inference_steps, guidance_scale, generator
         )
-        dtype = torch.promote_types(self.transformer.dtype, torch.float32)
+        if num_frames is None and use_cache is False:
+            raise ValueError("`use_cache` must not be False where `num_frames` is None: every call would cost more.")
         try:
-            latents = self._start_latents(inputs, generator, dtype)
+            start_latents = self._start_latents(inputs, generator, self._latents_dtype)
             decoder_cache, num_decoded = DecoderCache(), 0
-            for state in self._denoise(inputs, latents, guidance_scale, use_cache):
-                step_index = inputs.schedule[state.row]
+            for state in self._denoise(inputs, start_latents, guidance_scale, use_cache):
                 finished = []
                 if state.num_finished > num_decoded:
-                    tokens = state.latents[:, num_decoded : state.num_finished].to(self.vae.dtype)
-                    frames = to_uint8(self.vae.decode(tokens, decoder_cache)).cpu().numpy()
+                    tokens = state.latents[:, num_decoded - state.first : state.num_finished - state.first]
+                    frames = to_uint8(self.vae.decode(tokens.to(self.vae.dtype), decoder_cache)).cpu().numpy()
                     finished = [(num_decoded + i, _squeeze(frames[:, i])) for i in range(frames.shape[1])]
                     num_decoded = state.num_finished
+                if num_frames is None:
+                    shown = range(state.first, state.first + state.latents.shape[1])
+                    step_index = inputs.schedule.step_index(state.row, shown.start, shown.stop)
+                else:
+                    shown, step_index = range(num_frames), inputs.schedule[state.row]
                 yield ARDiffStep(
                     iteration=state.row + 1,
-                    num_iterations=len(inputs.schedule),
+                    num_iterations=None if num_frames is None else len(inputs.schedule),
+                    first_frame=shown.start,
                     step_index=step_index,
                     noise_level=inputs.scheduler.noise_level(step_index),
                     frame_evaluations=state.frame_evaluations,
                     finished=finished,
-                    decode_guess=lambda frames, guess=state.guess: self._decode_frames(guess, frames),
+                    decode_guess=partial(self._decode_guess, state, start_latents, shown),
                 )
         finally:
             self.maybe_free_model_hooks()
+
+    @property
+    def _latents_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.transformer.dtype, torch.float32)
 
     def _first_frame_behind(self, frame: int) -> int:
         """The earliest frame that the decoder looks at for `frame`."""
         return max(frame - self.vae.config.temporal_window + 1, 0)
 
     @torch.no_grad()
-    def _decode_frames(self, latents: torch.Tensor, frames: Sequence[int]) -> list[np.ndarray]:
+    def _decode_guess(
+        self, state: _Iteration, start_latents: StartLatents | torch.Tensor, shown: range, frames: Sequence[int]
+    ) -> list[np.ndarray]:
         """Decode some frames of a clip in one batch, each with the earlier frames that the decoder looks at."""
-        num_frames = latents.shape[1]
-        if any(not 0 <= frame < num_frames for frame in frames):
-            raise ValueError(f"`frames` must be frame indices in [0, {num_frames - 1}] but are {list(frames)}.")
+        if any(frame not in shown for frame in frames):
+            raise ValueError(f"`frames` must be frame indices in [{shown[0]}, {shown[-1]}] but are {list(frames)}.")
         if not frames:
             return []
-        first = self._first_frame_behind(min(frames))
-        decoded = to_uint8(self.vae.decode(latents[:, first : max(frames) + 1].to(self.vae.dtype))).cpu().numpy()
+        first, stop = self._first_frame_behind(min(frames)), max(frames) + 1
+        if first < state.first:
+            raise ValueError(
+                f"`frames` must not have been finished for more than about {self.transformer.config.window} frames but are "
+                f"{list(frames)}: tokens of frames before {state.first} are gone."
+            )
+        latents, num_held = state.guess, state.first + state.guess.shape[1]
+        if stop > num_held:
+            latents = torch.cat([latents, start_latents.get(num_held, stop)], dim=1)
+        latents = latents[:, first - state.first : stop - state.first].to(self.vae.dtype)
+        decoded = to_uint8(self.vae.decode(latents)).cpu().numpy()
         return [_squeeze(decoded[:, frame - first]) for frame in frames]
 
     @torch.no_grad()
@@ -398,14 +489,21 @@ class ARDiffPipeline(DiffusionPipeline):
         """Generate whole videos; the arguments of `stream`, and `output_type`: "pil", "np", "pt" or "latent"."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)} but is {output_type!r}.")
+        if num_frames is None:
+            raise ValueError(
+                "`num_frames` must be a number: a video without end has no result, only `stream` makes one."
+            )
         arguments = (prompt_frames, class_labels, num_frames, ar_step, num_inference_steps, guidance_scale, generator)
         if output_type == "latent":
-            inputs = self.check_inputs(*arguments)
-            latents = self._start_latents(
-                inputs, generator, torch.promote_types(self.transformer.dtype, torch.float32)
-            )
-            for state in self._denoise(inputs, latents, guidance_scale, use_cache):
-                latents = state.latents
+            inputs, finished, num_finished = self.check_inputs(*arguments), [], 0
+            start_latents = self._start_latents(inputs, generator, self._latents_dtype)
+            for state in self._denoise(inputs, start_latents, guidance_scale, use_cache):
+                if state.num_finished > num_finished:
+                    # A copy: a view would keep all that is held alive.
+                    new = slice(num_finished - state.first, state.num_finished - state.first)
+                    finished.append(state.latents[:, new].clone())
+                    num_finished = state.num_finished
+            latents = torch.cat(finished, dim=1)
             self.maybe_free_model_hooks()
             return ARDiffPipelineOutput(frames=latents) if return_dict else (latents,)
         collected = []

@@ -219,22 +219,21 @@ class OriginalARDiffPipeline(ARDiffPipeline):
     def _plan(
         self, num_frames: int, num_inference_steps: int, ar_step: int | Sequence[int], num_prompt_frames: int
     ) -> tuple[torch.Tensor, ADScheduler]:
-        window = self.transformer.config.window
         if not self.config.compat:
-            schedule, scheduler = super()._plan(num_frames, num_inference_steps, ar_step, num_prompt_frames)
-        else:
-            if not isinstance(ar_step, int):
-                raise ValueError(f"`ar_step` must be one int where `compat` is on but is {ar_step!r}.")
-            ad_schedule(num_frames, num_inference_steps, ar_step)  # refuses what is out of range
-            num_steps = len(ReleasedTables.of(self.scheduler, num_inference_steps).timesteps)
-            schedule, scheduler = (
-                ad_schedule(num_frames, num_steps, ar_step),
-                ADScheduler.from_config(self.scheduler.config),
-            )
-            scheduler.set_timesteps(num_steps)
-        if num_frames < self.min_frames:
-            raise ValueError(f"`num_frames` must be at least {window}, the window of this model, but is {num_frames}.")
-        return schedule, scheduler
+            return super()._plan(num_frames, num_inference_steps, ar_step, num_prompt_frames)
+        if not isinstance(ar_step, int):
+            raise ValueError(f"`ar_step` must be one int where `compat` is on but is {ar_step!r}.")
+        self._check_whole_window(num_frames)
+        ad_schedule(num_frames, num_inference_steps, ar_step)  # refuses what is out of range
+        num_steps = len(ReleasedTables.of(self.scheduler, num_inference_steps).timesteps)
+        scheduler = ADScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_steps)
+        return ad_schedule(num_frames, num_steps, ar_step), scheduler
+
+    def _start_latents(
+        self, inputs: _Inputs, generator: torch.Generator | list[torch.Generator] | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return super()._start_latents(inputs, generator, dtype).get(0, inputs.schedule.shape[1])
 
     def _denoise(
         self, inputs: _Inputs, latents: torch.Tensor, guidance_scale: float, use_cache: bool | None

@@ -14,7 +14,8 @@ class ARDiffStep:
     """State after one iteration (one network call with its guidance half).
 
     Attributes:
-        iteration (int): 1-based; num_iterations (int): of the whole plan.
+        iteration (int): 1-based; num_iterations (int or None): of the whole plan; None = it has no end.
+        first_frame (int): the frame that the next two begin with: 0, or in a video without end the first that is held.
         step_index (torch.Tensor of shape (F,)): int64, the plan's row: 0 = noise, N = clean.
         noise_level (torch.Tensor of shape (F,)): float in [0, 1], what the noise map draws.
         frame_evaluations (int): frames that went through the network in this iteration, the guidance half not counted.
@@ -23,18 +24,20 @@ class ARDiffStep:
     """
 
     iteration: int
-    num_iterations: int
+    num_iterations: int | None
     step_index: torch.Tensor
     noise_level: torch.Tensor
     frame_evaluations: int
     finished: list[tuple[int, np.ndarray]]
     decode_guess: Callable[[Sequence[int]], list[np.ndarray]]
+    first_frame: int = 0
 
     def preview(self, frames: Sequence[int]) -> list[np.ndarray]:
         """The current guess of some frames, decoded, shaped like those of `finished`; never changes the result.
 
         Args:
-            frames: frame indices in [0, F). A waiting frame shows decoded noise.
+            frames: frame indices in [0, F). A waiting frame shows decoded noise. Not those that were finished more than
+                a window of frames ago: their tokens are gone.
         """
         return self.decode_guess(frames)
 

@@ -5,8 +5,9 @@ Shapes: R iterations, F frames (prompt frames included), N inference steps. Row 
 Paper: section 3.3, asynchronous denoising scheduler.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, count
 from numbers import Integral
 
 import torch
@@ -53,28 +54,122 @@ def ad_schedule(
     Raises:
         ValueError: an argument is not an integer or outside its range.
     """
-    _check_integer("num_frames", num_frames, 1, None)
-    _check_integer("num_inference_steps", num_inference_steps, 1, None)
-    _check_integer("num_prompt_frames", num_prompt_frames, 0, num_frames - 1)
-    num_gaps = num_frames - num_prompt_frames - 1
-    if isinstance(ar_step, Sequence) and not isinstance(ar_step, str):
-        if len(ar_step) != num_gaps:
-            raise ValueError(
-                f"`ar_step` must be one int or have one gap for every new frame after the first, {num_gaps} here, but "
-                f"has {len(ar_step)}."
-            )
-        for index, gap in enumerate(ar_step):
-            _check_integer(f"ar_step[{index}]", gap, 0, num_inference_steps)
-        gaps = [int(gap) for gap in ar_step]
-    else:
-        _check_integer("ar_step", ar_step, 0, num_inference_steps)
-        gaps = [int(ar_step)] * num_gaps
-
+    gaps = _check_plan(num_frames, num_inference_steps, ar_step, num_prompt_frames)
+    if isinstance(gaps, int):
+        gaps = [gaps] * (num_frames - num_prompt_frames - 1)
     offset = torch.tensor([0, *gaps], dtype=torch.int64).cumsum(0)
     iteration = torch.arange(1, num_inference_steps + int(offset[-1]) + 1)
     new_frames = (iteration[:, None] - offset).clamp(0, num_inference_steps)
     prompt_frames = new_frames.new_full((len(iteration), num_prompt_frames), num_inference_steps)
     return torch.cat([prompt_frames, new_frames], dim=1)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One iteration, in which the frames [`start`, `stop`) are updated.
+
+    Attributes:
+        start, stop: frame indices, prompt frames counted; the frames before `start` are finished.
+        steps: the denoising steps these frames have had so far, in [0, N - 1], never increasing.
+        num_finished: frames that are finished after the iteration.
+    """
+
+    start: int
+    stop: int
+    steps: tuple[int, ...]
+    num_finished: int
+
+
+class ADPlan:
+    """The plan of `ad_schedule` row by row and never written out, so that a long video's plan takes no memory.
+
+    `plan[r]` is row r of the table that `ad_schedule` gives, `len(plan)` the number of its rows.
+
+    Args: as for `ad_schedule`; with `num_frames` None the plan has no end, and `ar_step` must be one int >= 1.
+
+    Raises:
+        ValueError: an argument is not an integer or outside its range.
+    """
+
+    def __init__(
+        self,
+        num_frames: int | None,
+        num_inference_steps: int,
+        ar_step: int | Sequence[int],
+        *,
+        num_prompt_frames: int = 0,
+    ) -> None:
+        if num_frames is None:
+            _check_integer("ar_step", ar_step, 1, None)
+        gaps = _check_plan(num_frames, num_inference_steps, ar_step, num_prompt_frames)
+        self.num_frames = num_frames
+        self.num_inference_steps = num_inference_steps
+        self.num_prompt_frames = num_prompt_frames
+        self._gap = gaps if isinstance(gaps, int) else None
+        self._offsets = None if isinstance(gaps, int) else list(accumulate(gaps, initial=0))
+
+    def _offset(self, new_frame: int) -> int:
+        return new_frame * self._gap if self._offsets is None else self._offsets[new_frame]
+
+    def __len__(self) -> int:
+        if self.num_frames is None:
+            raise TypeError("A plan without end has no length.")
+        return self.num_inference_steps + self._offset(self.num_frames - self.num_prompt_frames - 1)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return self.step_index(row, 0, self.num_frames)
+
+    def step_index(self, row: int, first: int, stop: int) -> torch.Tensor:
+        """Step indices of the frames [`first`, `stop`) after row `row`, shape (`stop` - `first`,), int64."""
+        num_prompts = min(max(self.num_prompt_frames - first, 0), stop - first)
+        new_frame = torch.arange(first + num_prompts, stop) - self.num_prompt_frames
+        offset = new_frame * self._gap if self._offsets is None else torch.tensor(self._offsets)[new_frame]
+        steps = (row + 1 - offset).clamp(0, self.num_inference_steps)
+        return torch.cat([steps.new_full((num_prompts,), self.num_inference_steps), steps])
+
+    def rows(self) -> Iterator[PlanRow]:
+        """The iterations in order."""
+        num_prompts, num_steps = self.num_prompt_frames, self.num_inference_steps
+        start = stop = num_prompts
+        for done in count():
+            while stop != self.num_frames and self._offset(stop - num_prompts) <= done:
+                stop += 1
+            while start < stop and done - self._offset(start - num_prompts) == num_steps:
+                start += 1
+            if start == stop:
+                return
+            steps = tuple(done - self._offset(frame - num_prompts) for frame in range(start, stop))
+            yield PlanRow(start, stop, steps, start + steps.count(num_steps - 1))
+
+    @property
+    def max_in_flight(self) -> int:
+        """The most frames that are updated in one iteration."""
+        if self._offsets is None and self._gap:
+            most = -(-self.num_inference_steps // self._gap)
+            return most if self.num_frames is None else min(most, self.num_frames - self.num_prompt_frames)
+        return max(row.stop - row.start for row in self.rows())
+
+
+def _check_plan(
+    num_frames: int | None, num_inference_steps: int, ar_step: int | Sequence[int], num_prompt_frames: int
+) -> int | list[int]:
+    """The gaps of a plan as ints: one for all new frames, or one for every new frame after the first."""
+    if num_frames is not None:
+        _check_integer("num_frames", num_frames, 1, None)
+    _check_integer("num_inference_steps", num_inference_steps, 1, None)
+    _check_integer("num_prompt_frames", num_prompt_frames, 0, None if num_frames is None else num_frames - 1)
+    if not isinstance(ar_step, Sequence) or isinstance(ar_step, str):
+        _check_integer("ar_step", ar_step, 0, num_inference_steps)
+        return int(ar_step)
+    num_gaps = num_frames - num_prompt_frames - 1
+    if len(ar_step) != num_gaps:
+        raise ValueError(
+            f"`ar_step` must be one int or have one gap for every new frame after the first, {num_gaps} here, but "
+            f"has {len(ar_step)}."
+        )
+    for index, gap in enumerate(ar_step):
+        _check_integer(f"ar_step[{index}]", gap, 0, num_inference_steps)
+    return [int(gap) for gap in ar_step]
 
 
 def profile_gaps(
@@ -114,25 +209,27 @@ def smallest_gap(window: int, num_inference_steps: int) -> int:
     return -(-num_inference_steps // window)
 
 
-def check_window(schedule: torch.Tensor, window: int, *, num_prompt_frames: int | None = None) -> None:
+def check_window(schedule: torch.Tensor | ADPlan, window: int, *, num_prompt_frames: int | None = None) -> None:
     """Refuse a plan that updates more than `window` frames in one iteration.
 
     Args:
-        schedule: a plan of `ad_schedule`, shape (iterations, num_frames).
+        schedule: a plan, or the table of one, shape (iterations, num_frames).
         window: how many frames a frame can see, itself included, >= 1.
-        num_prompt_frames: as in `plan_counts`.
+        num_prompt_frames: of a table, as in `plan_counts`.
 
     Raises:
         ValueError: names the smallest gap that works.
     """
     _check_integer("window", window, 1, None)
-    in_flight = int(_updates(schedule, num_prompt_frames).sum(1).max())
+    if isinstance(schedule, ADPlan):
+        in_flight, num_steps, num_frames = schedule.max_in_flight, schedule.num_inference_steps, schedule.num_frames
+    else:
+        in_flight = int(_updates(schedule, num_prompt_frames).sum(1).max())
+        num_steps, num_frames = int(schedule[-1, -1]), schedule.shape[1]
     if in_flight > window:
-        num_inference_steps = int(schedule[-1, -1])
         raise ValueError(
-            f"`ar_step` must be at least {smallest_gap(window, num_inference_steps)} for {schedule.shape[1]} frames at "
-            f"{num_inference_steps} steps: the model's window holds {window} frames but this plan has {in_flight} in "
-            f"flight at once."
+            f"`ar_step` must be at least {smallest_gap(window, num_steps)} for {num_frames or 'endless'} frames at "
+            f"{num_steps} steps: the model's window holds {window} frames but this plan has {in_flight} in flight at once."
         )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from ardiff.schedulers.ad_schedule import (
     PROFILES,
+    ADPlan,
     ad_schedule,
     check_window,
     plan_counts,
@@ -129,6 +130,35 @@ def test_smallest_gap_is_the_smallest_that_keeps_a_long_video_in_the_window():
             if plan_counts(ad_schedule(num_frames, num_steps, gap)).max_in_flight <= window
         ]
         assert smallest_gap(window, num_steps) == working[0]
+
+
+def test_a_plan_row_by_row_is_the_table():
+    for num_frames, num_steps, ar_step, num_prompts in itertools.chain(small_plans(), uneven_plans()):
+        table = ad_schedule(num_frames, num_steps, ar_step, num_prompt_frames=num_prompts)
+        plan, rows = ADPlan(num_frames, num_steps, ar_step, num_prompt_frames=num_prompts), []
+        before = with_start_row(table, num_steps, num_prompts)
+        for index, row in enumerate(plan.rows()):
+            assert torch.equal(plan[index], table[index])
+            assert (before[index] != table[index]).nonzero().flatten().tolist() == list(range(row.start, row.stop))
+            assert before[index, row.start : row.stop].tolist() == list(row.steps)
+            assert row.num_finished == int((table[index] == num_steps).sum())
+            rows.append(row)
+        assert len(rows) == len(plan) == len(table)
+        assert plan.max_in_flight == max(row.stop - row.start for row in rows)
+
+
+def test_a_plan_without_end_is_a_long_plan_that_goes_on():
+    for gap, num_prompts in itertools.product((1, 3, 7), (0, 2)):
+        endless, long = (ADPlan(frames, 7, gap, num_prompt_frames=num_prompts) for frames in (None, 50))
+        assert endless.max_in_flight == long.max_in_flight
+        for index, (row, expected) in enumerate(zip(endless.rows(), itertools.islice(long.rows(), 40), strict=False)):
+            assert row == expected
+            assert torch.equal(endless.step_index(index, 1, row.stop), long[index][1 : row.stop])
+    for ar_step in (0, [1, 2]):
+        with pytest.raises(ValueError, match="`ar_step` must be"):
+            ADPlan(None, 7, ar_step)
+    with pytest.raises(ValueError, match="`ar_step` must be at least 4 for endless frames at 50 steps"):
+        check_window(ADPlan(None, 50, 3), 16)
 
 
 def test_check_window_names_the_gap_that_works():
