@@ -550,6 +550,18 @@ def add_demo_options(parser: argparse.ArgumentParser, host: str = "127.0.0.1", p
         help="a model of the menu: folder, Hub id or bundled model's name; repeatable; default: all bundled models",
     )
     add_device_option(parser)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="number format of the models; default: float32"
+    )
+    parser.add_argument(
+        "--offload", action="store_true", help="keep the models in main memory, on the device only while they work"
+    )
+    parser.add_argument(
+        "--auth",
+        metavar="FILE",
+        help="lines of user:password, for who may sign in; default: ARDIFF_ACCOUNTS, else all",
+    )
+    parser.add_argument("--json-log", action="store_true", help="log as JSON lines, without personal data")
     parser.add_argument("--host", default=host, help=f"address to serve on; default: {host}")
     parser.add_argument("--port", type=int, default=port, help=f"port to serve on; default: {port}")
 
@@ -557,7 +569,16 @@ def add_demo_options(parser: argparse.ArgumentParser, host: str = "127.0.0.1", p
 def run_demo(args: argparse.Namespace) -> None:
     from ardiff.demo.ui import launch
 
-    launch(models=args.models, device=args.device, host=args.host, port=args.port)
+    launch(
+        models=args.models,
+        device=args.device,
+        dtype=args.dtype,
+        offload=args.offload,
+        host=args.host,
+        port=args.port,
+        accounts=args.auth,
+        json_log=args.json_log,
+    )
 
 
 # --- deploy -----------------------------------------------------------------------------------------------------

@@ -17,24 +17,36 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
+import torch
+from gradio.context import LocalContext
 from gradio.themes.utils.fonts import LocalFont
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ardiff.demo.models import LoadedModel
+from ardiff.demo.models import LOADED_MODELS, LoadedModel
 from ardiff.demo.presets import (
+    GAP,
     GAP_PRESETS,
-    LIMITS,
+    GUIDANCE,
+    LENGTH,
     NO_SCENE,
+    PROMPT_FRAMES,
+    SEED_MAX,
+    STEPS,
     TEXT,
     Failed,
     GenerationRequest,
     Prompt,
+    check_whole,
+    controls,
     event_json,
     is_video,
-    read_settings,
 )
 from ardiff.demo.session import Session
 from ardiff.demo.view import (
-    MAX_ROWS,
     NO_PROMPT,
     READY,
     RunView,
@@ -52,6 +64,9 @@ from ardiff.demo.view import (
 )
 from ardiff.pipelines.loading import bundled_models, load_pipeline
 from ardiff.schedulers.ad_schedule import PROFILES
+from ardiff.serving.limits import Limits, read_limits
+from ardiff.serving.metrics import CONTENT_TYPE, log_as_json
+from ardiff.serving.zero import on_zero_gpu
 
 
 STATIC = Path(__file__).parent / "static"
@@ -60,6 +75,9 @@ SCRIPTS = ("plan.js", "stage.js", "prompt.js", "page.js")
 
 CONTROLS = ("model", "scene", "order", "length", "gap", "profile", "chunk", "drawn", "steps", "guidance", "seed")
 """The controls that make a request, in the order in which every callback gets them."""
+
+REQUEST_BYTES = 16 * 2**20
+"""Bytes of a request that is not an upload; the largest is a run with a drawn plan."""
 
 EXPORTS = (("mp4", "MP4"), ("gif", "GIF"), ("webp", "WebP"), ("zip", "Frames"), ("json", "Settings"))
 
@@ -98,28 +116,29 @@ class Studio:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.controls = controls(session.limits)
 
     def generate(
         self, mode: str, files: list[str] | None, prompt: Prompt | str | None, run_id: str, keep: bool, samples: float,
-        *values: Any,
+        *given: Any,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """Run and draw. `mode`: "new", "row" (beside what is there, from the same noise) or "continue" (from its frames).
 
         Outputs: stage, run id, seed, generate, stop, results.
         """
-        controls = dict(zip(CONTROLS, values, strict=True))
+        values = dict(zip(CONTROLS, given, strict=True))
         if mode == "new" and not keep:
-            controls["seed"] = secrets.randbelow(LIMITS.seed_max + 1)
-        seed = controls["seed"]
+            values["seed"] = secrets.randbelow(SEED_MAX + 1)
+        seed = values["seed"]
         try:
-            requests = self._requests(mode, files, prompt, run_id, int(samples), controls)
-            runs = [self.session.run(requests[0][1])]
+            requests = self._requests(mode, files, prompt, run_id, whole(samples), values)
+            runs = [self.session.run(requests[0][1], visitor())]
         except ValueError as error:
             yield self._outputs(idle_value("Please change something", plain(error), "failed"), seed=seed)
             return
         facts = self.session.models.get(requests[0][1].model).facts()
         for row, (name, request) in enumerate(requests):
-            events = runs.pop() if runs else self.session.run(request)
+            events = runs.pop() if runs else self.session.run(request, visitor())
             last = row == len(requests) - 1
             view = RunView(request, facts, row=name, keep_rows=mode == "row" or row > 0)
             try:
@@ -135,22 +154,23 @@ class Studio:
 
     def _requests(
         self, mode: str, files: list[str] | None, prompt: Prompt | str | None, run_id: str, samples: int,
-        controls: dict[str, Any],
+        values: dict[str, Any],
     ) -> list[tuple[str, GenerationRequest]]:  # fmt: skip
         """The runs that were asked for, each with the name of its row. Raises ValueError with one sentence."""
+        check_whole("The number of samples", samples, 1, self.controls.samples.high)
         if isinstance(prompt, str):
             raise ValueError(prompt)
         if mode == "continue":
-            request = self.session.continuation(run_id, make_request({**controls, "order": ""}, None))
+            request = self.session.continuation(run_id, make_request({**values, "order": ""}, None))
         else:
             if prompt is None and files:
                 # Generate came before the upload was read.
-                prompt = self.session.read_prompt(files, model=controls["model"])
-                controls = {**controls, "order": str(list(range(len(prompt.frames))))}
-            request = make_request(controls, prompt)
+                prompt = self.session.read_prompt(files, model=values["model"])
+                values = {**values, "order": str(list(range(len(prompt.frames))))}
+            request = make_request(values, prompt)
         if samples == 1:
             return [(gap_words(request.ar_step), request)]
-        seeds = [(request.seed + row) % (LIMITS.seed_max + 1) for row in range(samples)]
+        seeds = [(request.seed + row) % (SEED_MAX + 1) for row in range(samples)]
         return [(f"seed {seed}", replace(request, seed=seed)) for seed in seeds]
 
     def _outputs(
@@ -260,7 +280,7 @@ class Studio:
         untouched = [gr.skip()] * 3
         if files and is_settings(files):
             try:
-                request = read_settings(Path(files[0]).read_text(encoding="utf-8", errors="replace"))
+                request = self.session.read_settings(files[0])
                 model = self.session.models.get(request.model)
                 found = settings_controls(request)
                 strip = prompt_value(request.prompt, self._seen(request.prompt, model.name))
@@ -292,9 +312,9 @@ class Studio:
         return [] if prompt is None else self.session.prompt_preview(prompt, model)
 
     def api_generate(
-        self, scene: str | None, prompt: list[str] | None = None, num_frames: float = 16, ar_step: str = "5",
-        num_inference_steps: float = 50, guidance_scale: float = 2.0, seed: float = 0, prompt_start: float = 0,
-        prompt_stride: float = 1, prompt_count: float = 4, model: str = "",
+        self, scene: str | None, prompt: list[str] | None = None, num_frames: float = LENGTH, ar_step: str = str(GAP),
+        num_inference_steps: float = STEPS, guidance_scale: float = GUIDANCE.default, seed: float = 0, prompt_start: float = 0,
+        prompt_stride: float = 1, prompt_count: float = PROMPT_FRAMES, model: str = "",
     ) -> tuple[str, dict[str, Any]]:  # fmt: skip
         """Generate a video and return its MP4 and the settings that give the same frames again.
 
@@ -312,9 +332,9 @@ class Studio:
         return str(last.video), last.settings
 
     def api_stream(
-        self, scene: str | None, prompt: list[str] | None = None, num_frames: float = 16, ar_step: str = "5",
-        num_inference_steps: float = 50, guidance_scale: float = 2.0, seed: float = 0, prompt_start: float = 0,
-        prompt_stride: float = 1, prompt_count: float = 4, model: str = "",
+        self, scene: str | None, prompt: list[str] | None = None, num_frames: float = LENGTH, ar_step: str = str(GAP),
+        num_inference_steps: float = STEPS, guidance_scale: float = GUIDANCE.default, seed: float = 0, prompt_start: float = 0,
+        prompt_stride: float = 1, prompt_count: float = PROMPT_FRAMES, model: str = "",
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """Give the events of a run as they come: Queued, FrameReady, Preview, Progress, then Finished or Failed.
 
@@ -345,9 +365,24 @@ class Studio:
                 guidance_scale=guidance_scale,
                 seed=whole(seed),
             )
-            yield from self.session.run(request)
+            yield from self.session.run(request, visitor())
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
+
+
+def visitor() -> str:
+    """What tells the visitor of this call from others: the name of who signed in, else the address.
+
+    On a Space every connection comes from the Hub's proxy, which names the visitor's address in a header.
+    """
+    request = LocalContext.request.get(None)
+    if request is None:
+        return ""
+    if getattr(request, "username", None):
+        return f"name {request.username}"
+    headers = getattr(request, "headers", {})
+    forwarded = headers.get("x-forwarded-for", "").split(",")[0].strip() if "SPACE_ID" in os.environ else ""
+    return forwarded or getattr(getattr(request, "client", None), "host", "") or ""
 
 
 def is_settings(files: list[str]) -> bool:
@@ -359,10 +394,11 @@ def scene_choices(model: LoadedModel) -> list[str]:
     return [*model.scenes, NO_SCENE]
 
 
-def list_examples(model: LoadedModel) -> tuple[list[list[Any]], list[str]]:
+def list_examples(model: LoadedModel, limits: Limits) -> tuple[list[list[Any]], list[str]]:
     """Rows that fill every control (in the order of build_demo's `filled`) and their labels."""
-    length, steps, guidance = int(LIMITS.length.default), int(LIMITS.steps.default), LIMITS.guidance.default
-    trim = [0, 1, int(LIMITS.prompt_frames.default)]
+    usual = controls(limits)
+    length, steps, guidance = int(usual.length.default), int(usual.steps.default), GUIDANCE.default
+    trim = [0, 1, int(usual.prompt_frames.default)]
     rows, labels = [], []
     for index, scene in enumerate(scene_choices(model)[:3]):
         gap = (5, 10, 0)[index]
@@ -370,7 +406,7 @@ def list_examples(model: LoadedModel) -> tuple[list[list[Any]], list[str]]:
         labels.append(f"{scene.capitalize()}, gap {gap}")
     for path in sorted(EXAMPLES.glob("*.mp4")) + sorted(EXAMPLES.glob("*.png")):
         scene = next((name for name in model.scenes if name in path.stem), NO_SCENE)
-        gap = LIMITS.gap_default
+        gap = GAP
         rows.append([model.name, scene, [str(path)], *trim, length, "even", gap, steps, guidance, 1, True, 1])
         labels.append(f"Continue {'a clip' if path.suffix == '.mp4' else 'a picture'}: {path.stem}")
     return rows, labels
@@ -404,10 +440,11 @@ def header(session: Session, model: LoadedModel) -> str:
 
 def build_demo(session: Session) -> gr.Blocks:
     """The page around `session`. Launch it with `launch_arguments`, which carry its theme, style and script."""
-    studio, limits, first = Studio(session), LIMITS, session.first
+    studio, limits, first = Studio(session), session.limits, session.first
+    between = studio.controls
     about, plan_first = studio.about(first)
-    steps_end = int(limits.steps.default)
-    with gr.Blocks(title=TEXT["title"], analytics_enabled=False, delete_cache=(600, 3600)) as demo:
+    steps_end = int(between.steps.default)
+    with gr.Blocks(title=TEXT["title"], analytics_enabled=False, delete_cache=cache_times(limits)) as demo:
         run_id, prompt, remembered = gr.State(""), gr.State(None), gr.BrowserState("", storage_key="ardiff-last-run")
         head = gr.HTML(about, apply_default_css=False)
         with gr.Row(elem_id="ar-body"):
@@ -433,26 +470,28 @@ def build_demo(session: Session) -> gr.Blocks:
                     start = gr.Number(0, label=TEXT["trim_start"], precision=0, minimum=0, min_width=60)
                     stride = gr.Number(1, label=TEXT["trim_stride"], precision=0, minimum=1, min_width=60)
                     count = gr.Number(
-                        limits.prompt_frames.default, label=TEXT["trim_count"], precision=0, minimum=1,
-                        maximum=limits.prompt_frames.high, min_width=60,
+                        between.prompt_frames.default, label=TEXT["trim_count"], precision=0, minimum=1,
+                        maximum=between.prompt_frames.high, min_width=60,
                     )  # fmt: skip
-                length = slider("length", limits.length.low, limits.length.high, limits.length.default, TEXT["length"])
+                length = slider("length", *vars(between.length).values(), TEXT["length"])
                 profile = gr.Dropdown(
                     [(TEXT[f"profile_{name}"], name) for name in (*PROFILES, "drawn")], value="even", label=TEXT["profile"],
                     filterable=False, elem_id="ar-profile",
                 )  # fmt: skip
-                gap = slider("gap", 0, steps_end, limits.gap_default, TEXT["gap"])
+                gap = slider("gap", 0, steps_end, min(GAP, steps_end), TEXT["gap"])
                 chunk = slider("chunk", 1, 16, 4, TEXT["chunk"], visible=False)
                 with gr.Row(elem_classes="ar-presets"):
                     presets = [gr.Button(preset.name, size="sm") for preset in GAP_PRESETS]
                 plan = drawn_html("plan", "mountPlan", plan_first)
                 with gr.Accordion(TEXT["more"], open=False, elem_id="ar-more"):
-                    steps = slider("steps", limits.steps.low, limits.steps.high, steps_end, TEXT["steps"])
+                    steps = slider("steps", *vars(between.steps).values(), TEXT["steps"])
                     guidance = slider(
-                        "guidance", limits.guidance.low, limits.guidance.high, limits.guidance.default,
-                        TEXT["guidance"], 0.1, info=TEXT["guidance_info"],
+                        "guidance", *vars(GUIDANCE).values(), TEXT["guidance"], 0.1, info=TEXT["guidance_info"]
+                    )
+                    samples = slider(
+                        "samples", *vars(between.samples).values(), TEXT["samples"], info=TEXT["samples_info"],
+                        visible=between.samples.high > 1,
                     )  # fmt: skip
-                    samples = slider("samples", 1, MAX_ROWS, 1, TEXT["samples"], info=TEXT["samples_info"])
                 with gr.Row(elem_id="ar-seed-row"):
                     seed = gr.Number(1, label=TEXT["seed"], precision=0, minimum=0, elem_id="ar-seed", min_width=100)
                     dice = gr.Button(TEXT["dice"], size="sm", elem_id="ar-dice", min_width=64)
@@ -476,7 +515,7 @@ def build_demo(session: Session) -> gr.Blocks:
                 with gr.Accordion(TEXT["share"], open=False, elem_id="ar-sharing"):
                     drawn_html("share", "mountShare")
                 filled = [model, scene, files, start, stride, count, length, profile, gap, steps, guidance, seed, keep]
-                rows, labels = list_examples(first)
+                rows, labels = list_examples(first, limits)
                 examples = gr.Examples(
                     rows, [*filled, samples], example_labels=labels, label=TEXT["examples"], elem_id="ar-examples"
                 )
@@ -509,7 +548,7 @@ def build_demo(session: Session) -> gr.Blocks:
         for button, mode in ((go, "new"), (again, "row"), (go_on, "continue")):
             button.click(
                 partial(studio.generate, mode), [files, prompt, run_id, keep, samples, *controls], running,
-                api_visibility="private", show_progress="hidden", concurrency_limit=LIMITS.waiting_visitors,
+                api_visibility="private", show_progress="hidden", concurrency_limit=limits.queue,
             )  # fmt: skip
             button.click(None, None, None, js=WATCH_JS, **quiet)
         run_id.change(lambda run_id: run_id, run_id, remembered, **quiet)
@@ -536,16 +575,68 @@ def build_endpoints(studio: Studio, *shared: Any) -> None:
     with gr.Column(visible=False):
         scene = gr.Textbox(scene_choices(studio.session.first)[0], label="scene")
         gaps = gr.Textbox("5", label="ar_step")
-        start, stride, count = (gr.Number(value, precision=0) for value in (0, 1, LIMITS.prompt_frames.default))
+        trim = 0, 1, studio.controls.prompt_frames.default
+        start, stride, count = (gr.Number(value, precision=0) for value in trim)
         model = gr.Textbox("", label="model")
         inputs = [scene, files, length, gaps, steps, guidance, seed, start, stride, count, model]
-        limit = {"concurrency_limit": LIMITS.waiting_visitors}
+        limit = {"concurrency_limit": studio.session.limits.queue}
         outputs = [gr.File(label="video"), gr.JSON(label="settings")]
         gr.Button().click(studio.api_generate, inputs, outputs, api_name="generate", **limit)
         gr.Button().click(studio.api_stream, inputs, gr.JSON(label="event"), api_name="stream", **limit)
 
 
-def launch_arguments() -> dict[str, Any]:
+def cache_times(limits: Limits) -> tuple[int, int]:
+    """How often gradio looks for old files of its own, and how old they are, in seconds."""
+    return int(min(limits.keep_seconds, 600)), int(limits.keep_seconds)
+
+
+class UploadGuard:
+    """Bounds what one request may send, and makes room for it within the disk budget before it is taken."""
+
+    def __init__(self, app: ASGIApp, session: Session) -> None:
+        self.app, self.session = app, session
+        limits = session.limits
+        # Every file has its own bound (gradio's `max_file_size`); a prompt of several pictures comes as one request.
+        self.most = min(limits.upload_bytes * limits.prompt_frames, limits.disk_bytes) + 2**20
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+            return await self.app(scope, receive, send)
+        uploading = scope["path"].rstrip("/").endswith("/upload")
+        most = self.most if uploading else REQUEST_BYTES
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        if not told.isdigit() or int(told) > most:
+            refused = PlainTextResponse(f"A request may have at most {most / 2**20:.0f} MB here.", 413)
+            return await refused(scope, receive, send)
+        if uploading:
+            await run_in_threadpool(self.session.sweep)
+        taken = 0
+
+        async def bounded() -> Any:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            # A sender that names no length is cut off where it goes too far, as if it had left.
+            return message if taken <= most else {"type": "http.disconnect"}
+
+        await self.app(scope, bounded, send)
+
+
+def server_arguments(session: Session) -> dict[str, Any]:
+    """For `app_kwargs` of `gr.Blocks.launch`: `/healthz`, `/metrics`, and bounds on what is sent."""
+
+    def health(_: Any) -> Response:
+        status, told = session.metrics.health()
+        return JSONResponse(told, status)
+
+    def metrics(_: Any) -> Response:
+        return Response(session.metrics.text(), media_type=CONTENT_TYPE)
+
+    routes = [Route("/healthz", health), Route("/metrics", metrics)]
+    return {"routes": routes, "middleware": [Middleware(UploadGuard, session=session)]}
+
+
+def launch_arguments(session: Session) -> dict[str, Any]:
     """What `gr.Blocks.launch` needs for this page, whoever launches it."""
     script = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in SCRIPTS)
     # Fonts that gradio serves itself: nothing is asked of another machine. Colours live in studio.css.
@@ -554,7 +645,8 @@ def launch_arguments() -> dict[str, Any]:
         "theme": gr.themes.Base(font=font, font_mono=["ui-monospace", "monospace"]),
         "css": (STATIC / "studio.css").read_text(encoding="utf-8"),
         "head": f"<script>{script}</script>",
-        "max_file_size": LIMITS.upload_bytes,
+        "max_file_size": session.limits.upload_bytes,
+        "app_kwargs": server_arguments(session),
         "run_history": False,
         "ssr_mode": False,
         "footer_links": ["api", "settings"],
@@ -562,28 +654,73 @@ def launch_arguments() -> dict[str, Any]:
     }
 
 
+def choose_models(models: Sequence[str | Path] | None, limits: Limits) -> list[str]:
+    """The names of the menu. Raises ValueError with one sentence for a model that the operator's limits leave out."""
+    if not models:
+        first, *others = bundled_models()
+        return [first, *filter(limits.allows_model, others)]
+    names = [str(model) for model in models]
+    for name in names[1:]:
+        if not limits.allows_model(name):
+            raise ValueError(
+                f"`--model` may name, after the first, what the limits allow ({', '.join(limits.models) or 'nothing'}), "
+                f"but has {name}; ARDIFF_LIMIT_MODELS sets that."
+            )
+    return names
+
+
+def read_accounts(text: str) -> list[tuple[str, str]]:
+    """Who may sign in, from lines of `user:password`. Raises ValueError with one sentence that has no password in it."""
+    accounts = [tuple(line.strip().split(":", 1)) for line in text.splitlines() if line.strip()]
+    if not accounts or not all(len(account) == 2 and all(account) for account in accounts):
+        raise ValueError("Accounts must be lines of user:password, at least one; there is another line or none.")
+    return accounts
+
+
 def launch(
     *,
     models: Sequence[str | Path] | None = None,
     device: str = "auto",
+    dtype: str = "float32",
+    offload: bool = False,
     host: str = "127.0.0.1",
     port: int | None = 7860,
+    limits: Limits | None = None,
+    accounts: str | None = None,
+    json_log: bool = False,
     prevent_thread_lock: bool = False,
     **options: Any,
 ) -> tuple[gr.Blocks, Session]:
     """Load the first model, build the page and serve it; returns when the server ends, or at once without thread lock.
 
     Args:
-        models: what the menu offers: folders, Hub ids or names of bundled models. None: all bundled models.
+        models: what the menu offers: folders, Hub ids or names of bundled models. None: the bundled models.
         device: "auto" (cuda, else mps, else cpu) or a torch device.
+        dtype: number format of the models, a name of torch's.
+        offload: keep models in main memory and move each part to the device while it works.
         host: address to serve on; "0.0.0.0" for every visitor of the network.
         port: port to serve on; None for a free one from 7860.
+        limits: what visitors may do; None reads them from the environment, as serving/limits.py says.
+        accounts: a file of `user:password` lines, for who may sign in. None: the lines in ARDIFF_ACCOUNTS, else everyone.
+        json_log: write the log as JSON lines without personal data.
         options: further arguments of `gr.Blocks.launch`.
     """
-    names = [str(model) for model in models or bundled_models()]
-    session = Session({name: partial(load_pipeline, name, device=device) for name in names})
-    demo = build_demo(session).queue(max_size=LIMITS.waiting_visitors)
-    arguments = {**launch_arguments(), "server_name": host, "server_port": port, **options}
+    limits = read_limits() if limits is None else limits
+    names = choose_models(models, limits)
+    text = Path(accounts).read_text(encoding="utf-8") if accounts else os.environ.get("ARDIFF_ACCOUNTS")
+    auth = {} if text is None else {"auth": read_accounts(text)}
+    if json_log:
+        log_as_json()
+    load = partial(load_pipeline, device=device, dtype=getattr(torch, dtype), offload=offload)
+    session = Session({name: partial(load, name) for name in names}, limits=limits)
+    if on_zero_gpu():
+        for name in names[:LOADED_MODELS]:  # they must be there when a process is forked for the GPU
+            session.models.get(name)
+    # Where gradio keeps uploads and copies, for as long as it lives.
+    os.environ["GRADIO_TEMP_DIR"] = str(session.uploads)
+    demo = build_demo(session).queue(max_size=limits.queue)
+    session.keep_page_files()
+    arguments = {**launch_arguments(session), "server_name": host, "server_port": port, **auth, **options}
     demo.launch(prevent_thread_lock=prevent_thread_lock, **arguments)
     if not prevent_thread_lock:
         session.close()
