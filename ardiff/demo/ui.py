@@ -4,6 +4,7 @@ what is drawn in static/.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 import torch
+from gradio.components import Component
 from gradio.context import LocalContext
 from gradio.themes.utils.fonts import LocalFont
 from starlette.concurrency import run_in_threadpool
@@ -68,6 +70,8 @@ from ardiff.serving.limits import Limits, read_limits
 from ardiff.serving.metrics import CONTENT_TYPE, log_as_json
 from ardiff.serving.zero import on_zero_gpu
 
+
+log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -424,8 +428,20 @@ def drawn_html(name: str, mount: str, value: Any = None, **options: Any) -> gr.H
     )  # fmt: skip
 
 
+def as_sent(control: Component) -> Any:
+    """A control whose values reach us as they were sent: what is wrong with them is said by the request that is made of
+    them, where gradio would round them or break off.
+    """
+    control.preprocess = lambda value: value
+    return control
+
+
+def number(value: float, **options: Any) -> gr.Number:
+    return as_sent(gr.Number(value, precision=0, **options))
+
+
 def slider(name: str, low: float, high: float, value: float, label: str, step: float = 1, **options: Any) -> gr.Slider:
-    return gr.Slider(low, high, value, step=step, label=label, elem_id=f"ar-{name}", **options)
+    return as_sent(gr.Slider(low, high, value, step=step, label=label, elem_id=f"ar-{name}", **options))
 
 
 def header(session: Session, model: LoadedModel) -> str:
@@ -467,10 +483,10 @@ def build_demo(session: Session) -> gr.Blocks:
                 )
                 strip = drawn_html("prompt", "mountPrompt", NO_PROMPT)
                 with gr.Row(visible=False, elem_id="ar-trim") as trim:
-                    start = gr.Number(0, label=TEXT["trim_start"], precision=0, minimum=0, min_width=60)
-                    stride = gr.Number(1, label=TEXT["trim_stride"], precision=0, minimum=1, min_width=60)
-                    count = gr.Number(
-                        between.prompt_frames.default, label=TEXT["trim_count"], precision=0, minimum=1,
+                    start = number(0, label=TEXT["trim_start"], minimum=0, min_width=60)
+                    stride = number(1, label=TEXT["trim_stride"], minimum=1, min_width=60)
+                    count = number(
+                        between.prompt_frames.default, label=TEXT["trim_count"], minimum=1,
                         maximum=between.prompt_frames.high, min_width=60,
                     )  # fmt: skip
                 length = slider("length", *vars(between.length).values(), TEXT["length"])
@@ -493,7 +509,7 @@ def build_demo(session: Session) -> gr.Blocks:
                         visible=between.samples.high > 1,
                     )  # fmt: skip
                 with gr.Row(elem_id="ar-seed-row"):
-                    seed = gr.Number(1, label=TEXT["seed"], precision=0, minimum=0, elem_id="ar-seed", min_width=100)
+                    seed = number(1, label=TEXT["seed"], minimum=0, elem_id="ar-seed", min_width=100)
                     dice = gr.Button(TEXT["dice"], size="sm", elem_id="ar-dice", min_width=64)
                     keep = gr.Checkbox(False, label=TEXT["keep"], elem_id="ar-keep", min_width=80)
                 # What the page's script writes and every callback reads: which prompt frames, and the drawn gaps.
@@ -576,7 +592,7 @@ def build_endpoints(studio: Studio, *shared: Any) -> None:
         scene = gr.Textbox(scene_choices(studio.session.first)[0], label="scene")
         gaps = gr.Textbox("5", label="ar_step")
         trim = 0, 1, studio.controls.prompt_frames.default
-        start, stride, count = (gr.Number(value, precision=0) for value in trim)
+        start, stride, count = (number(value) for value in trim)
         model = gr.Textbox("", label="model")
         inputs = [scene, files, length, gaps, steps, guidance, seed, start, stride, count, model]
         limit = {"concurrency_limit": studio.session.limits.queue}
@@ -590,8 +606,10 @@ def cache_times(limits: Limits) -> tuple[int, int]:
     return int(min(limits.keep_seconds, 600)), int(limits.keep_seconds)
 
 
-class UploadGuard:
-    """Bounds what one request may send, and makes room for it within the disk budget before it is taken."""
+class Guard:
+    """Bounds what one request may send, makes room for uploads within the disk budget, and answers what gradio's own
+    routes break off at.
+    """
 
     def __init__(self, app: ASGIApp, session: Session) -> None:
         self.app, self.session = app, session
@@ -600,9 +618,9 @@ class UploadGuard:
         self.most = min(limits.upload_bytes * limits.prompt_frames, limits.disk_bytes) + 2**20
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        uploading = scope["path"].rstrip("/").endswith("/upload")
+        uploading = scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload")
         most = self.most if uploading else REQUEST_BYTES
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if not told.isdigit() or int(told) > most:
@@ -610,7 +628,7 @@ class UploadGuard:
             return await refused(scope, receive, send)
         if uploading:
             await run_in_threadpool(self.session.sweep)
-        taken = 0
+        taken, answering = 0, False
 
         async def bounded() -> Any:
             nonlocal taken
@@ -619,7 +637,18 @@ class UploadGuard:
             # A sender that names no length is cut off where it goes too far, as if it had left.
             return message if taken <= most else {"type": "http.disconnect"}
 
-        await self.app(scope, bounded, send)
+        async def answer(message: Any) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
+
+        try:
+            await self.app(scope, bounded, answer)
+        except Exception:
+            if answering:
+                raise
+            log.warning("a request broke off", exc_info=True)
+            await PlainTextResponse("The request is not one that this server understands.", 400)(scope, receive, send)
 
 
 def server_arguments(session: Session) -> dict[str, Any]:
@@ -633,7 +662,7 @@ def server_arguments(session: Session) -> dict[str, Any]:
         return Response(session.metrics.text(), media_type=CONTENT_TYPE)
 
     routes = [Route("/healthz", health), Route("/metrics", metrics)]
-    return {"routes": routes, "middleware": [Middleware(UploadGuard, session=session)]}
+    return {"routes": routes, "middleware": [Middleware(Guard, session=session)]}
 
 
 def launch_arguments(session: Session) -> dict[str, Any]:
