@@ -207,6 +207,7 @@ class Session:
                 f"got {request.num_frames}."
             )
         check_window(self._plan(request), model.window, num_prompt_frames=request.num_prompt_frames)
+        self._check_memory(request, model)
         earlier = None if request.continues is None else self._kept(request.continues)
         run_id = uuid.uuid4().hex
         run = _Run(request, self.folder / run_id, run_id, visitor)
@@ -234,11 +235,29 @@ class Session:
         """Free memory of the model's device in words; of the machine where the device has none of its own."""
         if on_zero_gpu():
             return "ZeroGPU"
+        free, total = self.free_memory(model)
+        return f"{free / 2**30:.1f} of {total / 2**30:.0f} GB free"
+
+    def free_memory(self, model: LoadedModel) -> tuple[int, int]:
+        """Bytes that are free on the model's device, and all it has."""
         if model.device.startswith("cuda"):
             free, total = torch.cuda.mem_get_info(model.device)
-        else:
-            free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
-        return f"{free / 2**30:.1f} of {total / 2**30:.0f} GB free"
+            # What torch holds without using it is free for a run too.
+            held = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+            return free + held, total
+        machine = psutil.virtual_memory()
+        return machine.available, machine.total
+
+    def _check_memory(self, request: GenerationRequest, model: LoadedModel) -> None:
+        if on_zero_gpu():  # the device that the run gets is not there yet
+            return
+        plan, guided = self._plan(request).numpy(), self._is_guided(request, model)
+        needed, free = model.run_memory(plan, request.num_prompt_frames, guided), self.free_memory(model)[0]
+        if needed > free:
+            raise ValueError(
+                f"The run would take about {needed / 2**30:.1f} GB of memory and {free / 2**30:.1f} GB are free; choose a "
+                "larger gap or a shorter length, or no guidance."
+            )
 
     def stop(self, run_id: str) -> bool:
         """End a run at its next iteration and keep its finished frames. False when there is no such run."""
@@ -576,9 +595,12 @@ class Session:
 
     def _seconds_ahead(self, request: GenerationRequest, model: LoadedModel) -> np.ndarray:
         """(R + 1,) expected seconds from after each iteration to the end; entry 0 is the whole run."""
-        guided = model.pipeline.is_guided(request.guidance_scale, request.scene is not None)
+        guided = self._is_guided(request, model)
         rows = [model.cost.seconds(1, count, guided) for count in model.evaluations(self._plan(request).numpy())]
         return np.append(np.cumsum(rows[::-1])[::-1], 0.0)
+
+    def _is_guided(self, request: GenerationRequest, model: LoadedModel) -> bool:
+        return model.pipeline.is_guided(request.guidance_scale, request.scene is not None)
 
     def _time_left(self, ahead: np.ndarray, iteration: int, elapsed: float) -> float:
         done = ahead[0] - ahead[iteration]
@@ -628,7 +650,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ValueError | GpuError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return "The device ran out of memory; what had finished is kept. Choose a larger gap or a shorter length."
+        return "The device ran out of memory; what had finished is kept. Choose a larger gap, a shorter length or no guidance."
     return f"The run broke off ({type(error).__name__}: {error}); what had finished is kept."
 
 

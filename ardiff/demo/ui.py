@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -82,6 +83,9 @@ CONTROLS = ("model", "scene", "order", "length", "gap", "profile", "chunk", "dra
 
 REQUEST_BYTES = 16 * 2**20
 """Bytes of a request that is not an upload; the largest is a run with a drawn plan."""
+
+EVENT = re.compile("/call/(?:v2/)?[^/]+/([^/]+)/?$")
+OVER = "That event is over, or never was."
 
 EXPORTS = (("mp4", "MP4"), ("gif", "GIF"), ("webp", "WebP"), ("zip", "Frames"), ("json", "Settings"))
 
@@ -244,7 +248,8 @@ class Studio:
 
     def recover_selected(self, event: gr.EventData) -> tuple[Any, ...]:
         """Show a run of this visit's list again. Outputs as `recover`."""
-        return self.recover(str(event._data["run"]))
+        chosen = event._data if isinstance(event._data, dict) else {}
+        return self.recover(str(chosen.get("run")))
 
     def offer_recovery(self, last_run: str | None) -> Any:
         """Outputs: the button, seen when the run that this browser remembers can still be fetched. Inputs: that run's id."""
@@ -628,18 +633,30 @@ class Guard:
             return await refused(scope, receive, send)
         if uploading:
             await run_in_threadpool(self.session.sweep)
-        taken, answering = 0, False
+        event = EVENT.search(scope["path"]) if scope["method"] == "GET" else None
+        if event and _is_over(scope["app"], event[1]):
+            return await PlainTextResponse(OVER, 404)(scope, receive, send)
+        taken, answering, ended = 0, False, False
 
         async def bounded() -> Any:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
             # A sender that names no length is cut off where it goes too far, as if it had left.
-            return message if taken <= most else {"type": "http.disconnect"}
+            return message if taken <= most and not ended else {"type": "http.disconnect"}
 
         async def answer(message: Any) -> None:
-            nonlocal answering
+            nonlocal answering, ended
+            if ended:
+                return
             answering = True
+            # Asked for twice at the same moment: gradio would tell the second one that it is alive for ever.
+            waiting = event and message.get("body", b"").startswith(b"event: heartbeat")
+            if waiting and _is_over(scope["app"], event[1]):
+                ended, message = (
+                    True,
+                    {**message, "more_body": False, "body": f'event: error\ndata: "{OVER}"\n\n'.encode()},
+                )
             await send(message)
 
         try:
@@ -649,6 +666,17 @@ class Guard:
                 raise
             log.warning("a request broke off", exc_info=True)
             await PlainTextResponse("The request is not one that this server understands.", 400)(scope, receive, send)
+
+
+def _is_over(app: Any, event: str) -> bool:
+    """Whether an event of gradio's queue has been told to its end, or never was."""
+    queue = app.get_blocks()._queue
+    if event in queue.event_ids_to_events:
+        return False
+    of_session = list(queue.pending_event_ids_session.items())
+    session = next((session for session, events in of_session if event in events), event)
+    messages = queue.pending_messages_per_session.get(session)
+    return messages is None or messages.empty()
 
 
 def server_arguments(session: Session) -> dict[str, Any]:

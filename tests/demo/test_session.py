@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ardiff import ARDiffPipeline, bundled_model
 from ardiff.data.video import write_video
 from ardiff.demo.presets import (
     Event,
@@ -342,6 +344,34 @@ def test_the_log_says_what_happened_and_not_to_whom(session, caplog):
         "event": "run_ended", "run": run_id[:8], "outcome": "finished", "frames": 6, "steps": 6, "model": "tiny",
     }  # fmt: skip
     assert not [word for word in ("ada", "12345", run_id) if word in json.dumps(line)]
+
+
+def peak_bytes(run) -> int:
+    """The most that was allocated at the same time while `run()` ran."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    told = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return int(np.cumsum([event.nbytes() for event in sorted(told, key=lambda event: event.start_ns())]).max())
+
+
+def test_the_memory_of_a_run_is_estimated():
+    pipeline = ARDiffPipeline.from_pretrained(bundled_model(), dtype=torch.float32)
+    session = Session({"scenes": lambda: pipeline}, warm_up=False)
+    for num_frames, gap, guidance in ((16, 0, 1.0), (16, 0, 2.0), (6, 5, 2.0)):
+        request = GenerationRequest(
+            scene="clouds", num_frames=num_frames, num_inference_steps=5, ar_step=gap, guidance_scale=guidance
+        )
+        model, plan = session.first, session._plan(request).numpy()
+        estimate = model.run_memory(plan, 0, session._is_guided(request, model))
+        measured = peak_bytes(lambda request=request: deque(pipeline.stream(**session.arguments(request)), maxlen=1))
+        assert 0.5 < estimate / measured < 2, (num_frames, gap, guidance, estimate, measured)
+    session.close()
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_starts(session, monkeypatch):
+    monkeypatch.setattr(session, "free_memory", lambda model: (1000, 2**30))
+    with pytest.raises(ValueError, match="would take about 0.0 GB of memory and 0.0 GB are free; choose a larger gap"):
+        session.run(GenerationRequest(**SMALL))
 
 
 def test_runs_that_cannot_work_are_refused_at_once(session):
