@@ -554,7 +554,9 @@ def add_demo_options(parser: argparse.ArgumentParser, host: str = "127.0.0.1", p
         "--dtype", choices=DTYPES, default="float32", help="number format of the models; default: float32"
     )
     parser.add_argument(
-        "--offload", action="store_true", help="keep the models in main memory, on the device only while they work"
+        "--offload",
+        action="store_true",
+        help="models come to the device when they are needed: less of its memory, slower",
     )
     parser.add_argument(
         "--auth",

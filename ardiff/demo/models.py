@@ -74,7 +74,8 @@ class LoadedModel:
 
     @property
     def device(self) -> str:
-        return str(self.pipeline.device)
+        # Not where the weights are: those of an offloaded model wait in main memory.
+        return str(self.pipeline._execution_device)
 
     @property
     def whole_window(self) -> bool:

@@ -754,7 +754,7 @@ def launch(
         models: what the menu offers: folders, Hub ids or names of bundled models. None: the bundled models.
         device: "auto" (cuda, else mps, else cpu) or a torch device.
         dtype: number format of the models, a name of torch's.
-        offload: keep models in main memory and move each part to the device while it works.
+        offload: models come to the device when they are needed, as `load_pipeline` says.
         host: address to serve on; "0.0.0.0" for every visitor of the network.
         port: port to serve on; None for a free one from 7860.
         limits: what visitors may do; None reads them from the environment, as serving/limits.py says.

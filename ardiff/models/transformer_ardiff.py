@@ -155,12 +155,12 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         """The class label of "no class", trained by dropping the label."""
         return len(self.config.class_names)
 
-    def new_cache(self, batch_size: int) -> FrameKVCache:
-        """An empty cache on the model's device, for `batch_size` sequences (count both guidance halves)."""
+    def new_cache(self, batch_size: int, device: torch.device | None = None) -> FrameKVCache:
+        """An empty cache for `batch_size` sequences (count both guidance halves); `device` None is where the weights are."""
         config = self.config
         return FrameKVCache(
             config.depth, batch_size, config.num_heads, config.num_tokens, self.head_dim, config.window,
-            device=self.device, dtype=self.dtype,
+            device=device or self.device, dtype=self.dtype,
         )  # fmt: skip
 
     def forward(

@@ -52,14 +52,14 @@ def load_pipeline(
 ) -> ARDiffPipeline:
     """Load a folder, Hub id or bundled model's name and put it on a device. Raises ValueError or OSError with one sentence.
 
-    `offload`: the models stay in main memory, and each is on the device only while it works (accelerate's hooks): less
-    memory there, slower. Needs an accelerator.
+    `offload`: the models stay in main memory until they are needed, and the autoencoder returns there while the network
+    works (accelerate's hooks): less memory on the device, slower. Needs an accelerator.
     """
     device = choose_device(device)
+    if offload and torch.device(device).type == "cpu":
+        raise ValueError("`offload` needs an accelerator: on cpu the models are in main memory anyway.")
     pipeline = ARDiffPipeline.from_pretrained(find_model(model), dtype=dtype)
     if not offload:
         return pipeline.to(device)
-    if torch.device(device).type == "cpu":
-        raise ValueError("`offload` needs an accelerator: on cpu the models are in main memory anyway.")
     pipeline.enable_model_cpu_offload(device=device)
     return pipeline

@@ -238,7 +238,7 @@ class ARDiffPipeline(DiffusionPipeline):
         labels = None if inputs.labels is None else inputs.labels.to(device)
         if guided:
             labels = torch.cat([torch.full_like(labels, self.transformer.null_class), labels])
-        cache = self.transformer.new_cache(inputs.batch_size * (1 + guided)) if use_cache else None
+        cache = self.transformer.new_cache(inputs.batch_size * (1 + guided), device) if use_cache else None
         before = torch.zeros_like(inputs.schedule[0])
         before[: inputs.num_prompt_frames] = num_steps
         for row, after in enumerate(inputs.schedule):

@@ -101,7 +101,7 @@ def test_memory(page, tiny_pipeline):
     words = page.evaluate(
         SENTENCE.replace("frame: 0.001", "frame: 0.001, memory: { cache: 2e9, frame: 0, decoded: 0 }"), [16, 50, 5, 0]
     )
-    assert words["text"].endswith(", about 14 s, about 3.7 GB of memory.")
+    assert words["text"].endswith("in flight, about 3.7 GB of memory, about 14 s.")
 
 
 def test_profiles(page):

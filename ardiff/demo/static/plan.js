@@ -100,7 +100,7 @@ function planSentence(plan, guided, model) {
   return {
     ok: true,
     text: counts.iterations + " model calls, first new frame after call " + counts.firstFrameIteration + ", " + flight +
-      ", " + duration(seconds) + (model.memory ? ", " + memoryWords(runMemory(plan, guided, model)) : "") + (seconds > LONG_SECONDS ? " on this device: fewer steps or frames take less." : "."),
+      (model.memory ? ", " + memoryWords(runMemory(plan, guided, model)) : "") + ", " + duration(seconds) + (seconds > LONG_SECONDS ? " on this device: fewer steps or frames take less." : "."),
   };
 }
 
