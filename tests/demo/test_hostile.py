@@ -208,7 +208,7 @@ def test_everything_that_is_sent(site, home, watch, capsys):
     gc.collect()
     process, begun = psutil.Process(), time.monotonic()
     threads, memory, files = process.num_threads(), process.memory_info().rss, process.num_fds()
-    became = attack(site, 1500, seed=3)
+    became = attack(site, 1000, seed=3)
     holds(site, home, watch)
     gc.collect()
     grown = process.memory_info().rss - memory

@@ -57,7 +57,7 @@ def test_a_host_asks_after_it_and_visitors_sign_in(site):
     assert 'ardiff_runs_ended_total{outcome="finished"} 1\n' in told.text
     assert "ardiff_model_calls_total 8\n" in told.text
     assert visitor.call("generate", {**ARGUMENTS, "num_frames": 13}).words.endswith("from 4 to 12, got 13.")
-    assert visitor.call("generate", {**ARGUMENTS, "num_frames": 4.5}).words.endswith("from 4 to 12, got 4.5.")
+    assert visitor.call("generate", {**ARGUMENTS, "num_frames": 4.5}).words.endswith("got 4.5.")
     assert "ardiff_runs_refused_total" in visitor.http.get("/metrics").text
 
 
@@ -132,7 +132,7 @@ def test_the_log_is_json_when_asked(capsys):
 
 @pytest.fixture
 def decoder():
-    decoder = Decoder(Limits(upload_seconds=3, pixels=1_000_000))
+    decoder = Decoder(Limits(upload_seconds=5, pixels=1_000_000))
     yield decoder
     decoder.close()
 
@@ -156,16 +156,19 @@ def test_a_decoding_process_stays_and_is_replaced_when_it_dies(decoder, tmp_path
     assert decoder._idle != [process]
 
 
-def test_a_file_that_takes_too_long_ends_the_process_and_not_the_server(tmp_path):
-    decoder = Decoder(Limits(upload_seconds=60))
-    decoder.seconds = 1.0
-    noise = np.random.default_rng(0).integers(0, 256, (450, 256, 256, 3), dtype=np.uint8)
-    write_video(noise, tmp_path / "long.mp4", fps=8)
+def test_a_file_that_takes_too_long_ends_the_process_and_not_the_server(decoder, tmp_path):
+    write_video(np.zeros((20, 64, 64, 3), np.uint8), tmp_path / "long.mp4", fps=8)
+
+    def read(name):
+        return decoder.prompt([tmp_path / name], 16, start=0, stride=1, count=1).frames.shape
+
+    picture(tmp_path / "a.png")
+    read("a.png")
+    decoder._idle[0]._seconds = 1e-4
     with pytest.raises(ValueError, match="more memory or time to read than is allowed"):
-        decoder.prompt([tmp_path / "long.mp4"], 16, start=449, stride=1, count=1)
+        read("long.mp4")
     assert decoder._idle == []
-    assert decoder.prompt([picture(tmp_path / "a.png")], 16, start=0, stride=1, count=1).frames.shape == (1, 16, 16, 3)
-    decoder.close()
+    assert read("long.mp4") == read("a.png") == (1, 16, 16, 3)
 
 
 def test_the_process_has_no_secrets_and_takes_bounded_memory(decoder, tmp_path, monkeypatch):
@@ -178,7 +181,7 @@ def test_the_process_has_no_secrets_and_takes_bounded_memory(decoder, tmp_path, 
         bounds = {line[:26].strip(): line[26:47].strip() for line in limits}
     assert int(bounds["Max address space"]) < 2**30
     assert bounds["Max file size"] == "0"
-    assert int(bounds["Max cpu time"]) <= 13
+    assert int(bounds["Max cpu time"]) <= 14
     with pytest.raises(ValueError, match="must have at most 1 megapixels but has 1.0"):
         decoder.prompt([picture(tmp_path / "b.png", 1001, 1000)], 16, start=0, stride=1, count=1)
 
