@@ -4,6 +4,8 @@ what is drawn in static/.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import os
 import re
@@ -23,11 +25,6 @@ import torch
 from gradio.components import Component
 from gradio.context import LocalContext
 from gradio.themes.utils.fonts import LocalFont
-from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ardiff.demo.models import LOADED_MODELS, LoadedModel
 from ardiff.demo.presets import (
@@ -612,30 +609,35 @@ def cache_times(limits: Limits) -> tuple[int, int]:
 
 
 class Guard:
-    """Bounds what one request may send, makes room for uploads within the disk budget, and answers what gradio's own
-    routes break off at.
+    """An ASGI middleware: answers `/healthz` and `/metrics`, bounds what one request may send, makes room for uploads within
+    the disk budget, and answers what gradio's own routes break off at.
     """
 
-    def __init__(self, app: ASGIApp, session: Session) -> None:
+    def __init__(self, app: Any, session: Session) -> None:
         self.app, self.session = app, session
         limits = session.limits
         # Every file has its own bound (gradio's `max_file_size`); a prompt of several pictures comes as one request.
         self.most = min(limits.upload_bytes * limits.prompt_frames, limits.disk_bytes) + 2**20
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        uploading = scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload")
+        reading, path = scope["method"] in ("GET", "HEAD"), scope["path"]
+        if reading and path == "/healthz":
+            status, told = self.session.metrics.health()
+            return await respond(send, status, json.dumps(told), "application/json")
+        if reading and path == "/metrics":
+            return await respond(send, 200, self.session.metrics.text(), CONTENT_TYPE)
+        uploading = scope["method"] == "POST" and path.rstrip("/").endswith("/upload")
         most = self.most if uploading else REQUEST_BYTES
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if not told.isdigit() or int(told) > most:
-            refused = PlainTextResponse(f"A request may have at most {most / 2**20:.0f} MB here.", 413)
-            return await refused(scope, receive, send)
+            return await respond(send, 413, f"A request may have at most {most / 2**20:.0f} MB here.")
         if uploading:
-            await run_in_threadpool(self.session.sweep)
-        event = EVENT.search(scope["path"]) if scope["method"] == "GET" else None
+            await asyncio.to_thread(self.session.sweep)
+        event = EVENT.search(path) if reading else None
         if event and _is_over(scope["app"], event[1]):
-            return await PlainTextResponse(OVER, 404)(scope, receive, send)
+            return await respond(send, 404, OVER)
         taken, answering, ended = 0, False, False
 
         async def bounded() -> Any:
@@ -653,10 +655,8 @@ class Guard:
             # Asked for twice at the same moment: gradio would tell the second one that it is alive for ever.
             waiting = event and message.get("body", b"").startswith(b"event: heartbeat")
             if waiting and _is_over(scope["app"], event[1]):
-                ended, message = (
-                    True,
-                    {**message, "more_body": False, "body": f'event: error\ndata: "{OVER}"\n\n'.encode()},
-                )
+                ended, body = True, f'event: error\ndata: "{OVER}"\n\n'.encode()
+                message = {**message, "more_body": False, "body": body}
             await send(message)
 
         try:
@@ -665,7 +665,19 @@ class Guard:
             if answering:
                 raise
             log.warning("a request broke off", exc_info=True)
-            await PlainTextResponse("The request is not one that this server understands.", 400)(scope, receive, send)
+            await respond(send, 400, "The request is not one that this server understands.")
+
+
+async def respond(send: Any, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> None:
+    """A whole answer by ASGI; the connection ends, as not all that was sent may have been read."""
+    body = text.encode()
+    headers = [
+        (b"content-type", kind.encode()),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _is_over(app: Any, event: str) -> bool:
@@ -679,20 +691,6 @@ def _is_over(app: Any, event: str) -> bool:
     return messages is None or messages.empty()
 
 
-def server_arguments(session: Session) -> dict[str, Any]:
-    """For `app_kwargs` of `gr.Blocks.launch`: `/healthz`, `/metrics`, and bounds on what is sent."""
-
-    def health(_: Any) -> Response:
-        status, told = session.metrics.health()
-        return JSONResponse(told, status)
-
-    def metrics(_: Any) -> Response:
-        return Response(session.metrics.text(), media_type=CONTENT_TYPE)
-
-    routes = [Route("/healthz", health), Route("/metrics", metrics)]
-    return {"routes": routes, "middleware": [Middleware(Guard, session=session)]}
-
-
 def launch_arguments(session: Session) -> dict[str, Any]:
     """What `gr.Blocks.launch` needs for this page, whoever launches it."""
     script = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -703,7 +701,7 @@ def launch_arguments(session: Session) -> dict[str, Any]:
         "css": (STATIC / "studio.css").read_text(encoding="utf-8"),
         "head": f"<script>{script}</script>",
         "max_file_size": session.limits.upload_bytes,
-        "app_kwargs": server_arguments(session),
+        "app_kwargs": {"middleware": [(Guard, (), {"session": session})]},
         "run_history": False,
         "ssr_mode": False,
         "footer_links": ["api", "settings"],
