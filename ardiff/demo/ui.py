@@ -73,6 +73,9 @@ SCRIPTS = ("plan.js", "stage.js", "prompt.js", "page.js")
 CONTROLS = ("model", "scene", "order", "length", "gap", "profile", "chunk", "drawn", "steps", "guidance", "seed")
 """The controls that make a request, in the order in which every callback gets them."""
 
+SESSIONS = 500
+"""Visitors whose controls gradio remembers, at most: each takes a tenth of a megabyte, and so does every call of a script."""
+
 EXPORTS = (("mp4", "MP4"), ("gif", "GIF"), ("webp", "WebP"), ("zip", "Frames"), ("json", "Settings"))
 
 MOUNT = """
@@ -607,6 +610,7 @@ def launch_arguments(session: Session) -> dict[str, Any]:
         "css": (STATIC / "studio.css").read_text(encoding="utf-8"),
         "head": f"<script>{script}</script>",
         "max_file_size": session.limits.upload_bytes,
+        "state_session_capacity": SESSIONS,
         "app_kwargs": {"middleware": [(Guard, (), {"session": session})]},
         "run_history": False,
         "ssr_mode": False,
