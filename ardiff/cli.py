@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import secrets
 import sys
 import time
@@ -559,7 +560,7 @@ def run_scenes(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-def add_demo_options(parser: argparse.ArgumentParser, host: str = "127.0.0.1", port: int = 7860) -> None:
+def add_page_options(parser: argparse.ArgumentParser, host: str = "127.0.0.1", port: int = 7860) -> None:
     parser.add_argument(
         "--model",
         action="append",
@@ -567,14 +568,45 @@ def add_demo_options(parser: argparse.ArgumentParser, host: str = "127.0.0.1", p
         help="a model of the menu: folder, Hub id or bundled model's name; repeatable; default: all bundled models",
     )
     add_device_option(parser)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="number format of the models; default: float32"
+    )
+    parser.add_argument(
+        "--auth",
+        metavar="FILE",
+        help="lines of user:password, for who may sign in; default: ARDIFF_ACCOUNTS, else all",
+    )
     parser.add_argument("--host", default=host, help=f"address to serve on; default: {host}")
     parser.add_argument("--port", type=int, default=port, help=f"port to serve on; default: {port}")
+
+
+def add_demo_options(parser: argparse.ArgumentParser, host: str = "127.0.0.1", port: int = 7860) -> None:
+    add_page_options(parser, host, port)
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="models come to the device when they are needed: less of its memory, slower",
+    )
+    parser.add_argument("--json-log", action="store_true", help="log as JSON lines, without personal data")
+
+
+def read_accounts_file(path: str | None) -> str | None:
+    return os.environ.get("ARDIFF_ACCOUNTS") if path is None else Path(path).read_text(encoding="utf-8")
 
 
 def run_demo(args: argparse.Namespace) -> None:
     from ardiff.demo.ui import launch
 
-    launch(models=args.models, device=args.device, host=args.host, port=args.port)
+    launch(
+        models=args.models,
+        device=args.device,
+        dtype=args.dtype,
+        offload=args.offload,
+        host=args.host,
+        port=args.port,
+        accounts=read_accounts_file(args.auth),
+        json_log=args.json_log,
+    )
 
 
 # --- ablate, plot -----------------------------------------------------------------------------------------------
@@ -668,7 +700,7 @@ def run_plot(args: argparse.Namespace) -> None:
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
-    add_demo_options(parser)
+    add_page_options(parser)
     parser.add_argument(
         "--replicas", type=int, default=0, metavar="N", help="models at once, at most; default: one per GPU, or one"
     )
@@ -697,8 +729,9 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
 def run_serve(args: argparse.Namespace) -> None:
     from ardiff.serving.cluster import Cluster, serve_studio
 
-    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(Cluster)}
-    serve_studio(Cluster(**{**options, "models": tuple(args.models or ())}), say=functools.partial(print, flush=True))
+    options = vars(args) | {"models": tuple(args.models or ()), "accounts": read_accounts_file(args.auth)}
+    options = {field.name: options[field.name] for field in dataclasses.fields(Cluster)}
+    serve_studio(Cluster(**options), say=functools.partial(print, flush=True))
 
 
 # --- bench ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 import av
 import numpy as np
-from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 from PIL import Image, ImageOps
 
 
@@ -68,10 +67,11 @@ def iter_video(
     stride: int = 1,
     start: int = 0,
     resample: Image.Resampling = Image.Resampling.LANCZOS,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[np.ndarray]:
     """The frames of `read_video` one by one, so that a long video needs no memory; its arguments and errors.
 
-    What is wrong with the file or an argument is raised when the frame that it concerns is asked for.
+    `max_pixels`: of a frame, at most. What is wrong with the file or an argument is raised when the frame that it concerns is asked for.
     """
     for name, value, least in (("stride", stride, 1), ("start", start, 0)):
         if value < least:
@@ -86,12 +86,12 @@ def iter_video(
                 raise ValueError(f"{path.name} has no readable video in it.")
             # Not by frames: threads ahead of the reader swallow the error of a file that is cut off.
             stream.thread_type = "SLICE"
-            _check_pixels(path.name, stream.width, stream.height)
+            _check_pixels(path.name, stream.width, stream.height, max_pixels)
             for index, frame in enumerate(container.decode(stream)):
                 num_decoded += 1
                 if index < start or (index - start) % stride:
                     continue
-                _check_pixels(path.name, frame.width, frame.height)
+                _check_pixels(path.name, frame.width, frame.height, max_pixels)
                 picture = frame.to_ndarray(format="rgb24")
                 if frame.rotation % 90 == 0:
                     picture = np.ascontiguousarray(np.rot90(picture, frame.rotation // 90))
@@ -142,23 +142,23 @@ def video_seconds(path: str | os.PathLike) -> float:
         raise ValueError(f"{path.name} cannot be read as a video; it may be damaged or of another type.") from error
 
 
-def read_image(path: str | os.PathLike | BinaryIO) -> np.ndarray:
+def read_image(path: str | os.PathLike | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A picture file as uint8 (H, W, 3): turned upright (EXIF), transparency on white, first frame of an animation.
 
     `path` may also be a file that is open for reading and has a `name`.
 
     Raises:
-        ValueError: the file is missing, empty, over 40 megapixels (checked before decoding), or not a readable BMP, GIF,
+        ValueError: the file is missing, empty, over `max_pixels` (checked before decoding), or not a readable BMP, GIF,
             JPEG, PNG or WebP picture.
     """
     path = _source(path)
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as image:
-            _check_pixels(path.name, *image.size)
+            _check_pixels(path.name, *image.size, max_pixels)
             return _flatten(image, path.name)
     # Pillow warns, then refuses, far above our own limit: the same sentence for both.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{path.name} must have at most {MAX_PIXELS // 10**6} megapixels but has more.") from error
+        raise ValueError(f"{path.name} must have at most {max_pixels / 1e6:g} megapixels but has more.") from error
     # What Pillow raises for damaged files: UnidentifiedImageError and truncation are OSError, bad PNG chunks SyntaxError.
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path.name} cannot be read as a picture; it may be damaged or of another type.") from error
@@ -249,6 +249,9 @@ def write_video(
 
 
 def _write_mp4(video: np.ndarray, path: Path, fps: float) -> None:
+    # Not above: whoever only reads files, as the process for uploads does, does without it.
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
     factor = max(1, math.ceil(MIN_MP4_SIDE / min(video.shape[1:3])))
     height, width = factor * video.shape[1], factor * video.shape[2]
     padding = ((0, height % 2), (0, width % 2), (0, 0))
@@ -311,10 +314,10 @@ def _checked_frame(frame: np.ndarray, name: str) -> np.ndarray:
     return frame
 
 
-def _check_pixels(name: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+def _check_pixels(name: str, width: int, height: int, most: int = MAX_PIXELS) -> None:
+    if width * height > most:
         raise ValueError(
-            f"{name} must have at most {MAX_PIXELS // 10**6} megapixels but has {width * height / 1e6:.1f} "
+            f"{name} must have at most {most / 1e6:g} megapixels but has {width * height / 1e6:.1f} "
             f"({width} x {height})."
         )
 

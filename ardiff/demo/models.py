@@ -6,11 +6,15 @@ A model is known by its name alone; nothing that a visitor sends is ever taken f
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ardiff.pipelines.loading import bundled_models
+from ardiff.serving.limits import Limits
 
 
 LOADED_MODELS = 2
@@ -35,6 +39,23 @@ class Cost:
         self.frame *= factor
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run takes on the device beside the weights, about.
+
+    `cache` once, `frame` for every frame that a call evaluates, both twice with guidance; `decoded` for every frame that is
+    decoded in one go.
+    """
+
+    cache: int
+    frame: int
+    decoded: int
+
+    def bytes(self, evaluated: int, decoded: int, guided: bool) -> int:
+        twice = 2 if guided else 1
+        return self.cache * twice + max(self.frame * evaluated * twice, self.decoded * decoded)
+
+
 @dataclass(eq=False)
 class LoadedModel:
     """A pipeline that has been loaded, by the name it has on the page; `cost` outlives its leaving memory."""
@@ -57,7 +78,8 @@ class LoadedModel:
 
     @property
     def device(self) -> str:
-        return str(self.pipeline.device)
+        # Not where the weights are: those of an offloaded model wait in main memory.
+        return str(self.pipeline._execution_device)
 
     @property
     def whole_window(self) -> bool:
@@ -71,7 +93,25 @@ class LoadedModel:
         before = np.concatenate([np.zeros_like(plan[:1]), plan[:-1]])
         return (plan > before).sum(axis=1)
 
-    def facts(self) -> dict[str, float]:
+    @property
+    def memory(self) -> Memory:
+        """What a run of this model takes: a block of the transformer holds 18 numbers per feature of its tokens at its peak,
+        and decoding a frame holds one and a half of its largest layer (peaks of allocations, counted on a CPU).
+        """
+        transformer, vae = self.pipeline.transformer, self.pipeline.vae
+        size, tokens = transformer.dtype.itemsize, transformer.config.num_tokens * transformer.config.width
+        channels = vae.config["stem_channels"][0] if "stem_channels" in vae.config else vae.config["base_channels"]
+        cached = 0 if self.whole_window else 2 * transformer.config.depth * (self.window - 1)
+        decoded = 3 * channels * self.image_size**2 * vae.dtype.itemsize // 2
+        return Memory(cache=cached * tokens * size, frame=18 * tokens * size, decoded=decoded)
+
+    def run_memory(self, plan: np.ndarray, num_prompt_frames: int, guided: bool) -> int:
+        """Bytes that a run of a plan (R, F) takes beside the weights, about."""
+        finished = (plan == plan.max()).sum(axis=1)
+        together = int(np.diff(finished, prepend=num_prompt_frames).max())
+        return self.memory.bytes(int(self.evaluations(plan).max()), max(together, num_prompt_frames), guided)
+
+    def facts(self) -> dict[str, Any]:
         """What the browser needs to judge a plan: what the model can do, and its seconds per call and frame evaluation."""
         return {
             "window": self.window,
@@ -80,6 +120,7 @@ class LoadedModel:
             "always_guided": self.pipeline.is_guided(2.0, False),
             "call": self.cost.call,
             "frame": self.cost.frame,
+            "memory": vars(self.memory),
         }
 
 
@@ -129,3 +170,29 @@ class ModelMenu:
                     self._on_load(model)
             self._loaded[name] = model
         return model
+
+
+def choose_models(models: Sequence[str | Path] | None, limits: Limits) -> dict[str, str]:
+    """The menu's names, and the folder, Hub id or bundled model that each stands for; None: the bundled models.
+
+    A folder with a whole path goes by its last part: visitors need not learn where things lie on the host.
+
+    Raises:
+        ValueError: the operator's limits leave a model out, or two have the same name; one sentence.
+    """
+    if not models:
+        first, *others = bundled_models()
+        return {name: name for name in [first, *filter(limits.allows_model, others)]}
+    names = [str(model) for model in models]
+    for name in names[1:]:
+        if not limits.allows_model(name):
+            raise ValueError(
+                f"`--model` may name, after the first, what the limits allow ({', '.join(limits.models) or 'nothing'}), "
+                f"but has {name}; ARDIFF_LIMIT_MODELS sets that."
+            )
+    menu = {Path(name).name if Path(name).is_absolute() else name: name for name in names}
+    if len(menu) < len(names):
+        raise ValueError(
+            f"`--model` must name models that differ in the last part of their path but has {', '.join(names)}."
+        )
+    return menu

@@ -1,4 +1,4 @@
-"""What a visitor may ask for and is told: limits, gap presets, the request, a run's events, words and markup.
+"""What a visitor may ask for and is told: ranges of the controls, gap presets, the request, a run's events, words and markup.
 
 Lengths and prompt frames are counted in frames, gaps and steps in denoising steps, files in bytes and seconds. A prompt
 is (P, S, S, 3) uint8, S = the model's image size. Data only: no model and no gradio here.
@@ -9,14 +9,18 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from ardiff.data.video import MAX_PIXELS
+from ardiff.serving.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -29,22 +33,40 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the studio accepts. The timestep gap runs from 0 to the number of steps, so only its default is fixed."""
+class Controls:
+    """Ranges of the controls. The timestep gap runs from 0 to the number of steps, guidance and seed as they are below."""
 
-    length: Range = Range(4, 64, 16)
-    steps: Range = Range(5, 100, 50)
-    guidance: Range = Range(1.0, 6.0, 2.0)
-    gap_default: int = 5
-    seed_max: int = 2**32 - 1
-    prompt_frames: Range = Range(1, 8, 4)
-    upload_bytes: int = 50 * 1024 * 1024
-    video_seconds: float = 60.0
-    picture_pixels: int = 40_000_000
-    waiting_visitors: int = 20
+    length: Range
+    steps: Range
+    prompt_frames: Range
+    samples: Range
 
 
-LIMITS = Limits()
+_BOUNDS = {field.name: (field.metadata["low"], field.metadata["high"]) for field in fields(Limits)}
+
+
+def controls(limits: Limits) -> Controls:
+    """What a visitor can choose under these limits; every control starts from its usual value, or the nearest allowed."""
+
+    def up_to(name: str, most: int, usual: int) -> Range:
+        return Range(_BOUNDS[name][0], most, min(usual, most))
+
+    return Controls(
+        length=up_to("frames", limits.frames, LENGTH),
+        steps=up_to("steps", limits.steps, STEPS),
+        prompt_frames=up_to("prompt_frames", limits.prompt_frames, PROMPT_FRAMES),
+        samples=up_to("samples", min(limits.samples, MAX_ROWS), 1),
+    )
+
+
+LENGTH, STEPS, PROMPT_FRAMES, GAP = 16, 50, 4, 5
+"""What the controls start from."""
+
+GUIDANCE = Range(1.0, 6.0, 2.0)
+SEED_MAX = 2**32 - 1
+
+MAX_ROWS = 4
+"""Runs that the stage shows beside each other, at most."""
 
 FPS = 8
 """Frames per second of the written video, and of the player until the visitor chooses another speed."""
@@ -121,9 +143,28 @@ def data_url(frame: np.ndarray, *, lossless: bool) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _whole(name: str, value: Any, low: float, high: float) -> None:
+def span(seconds: float) -> str:
+    """A time for a person: `0.4 s`, `24 s`, `2.5 min`, `an hour`."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return "an hour" if seconds == 3600 else f"{seconds / 3600:.3g} hours"
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence: what was sent may be a megabyte long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_whole(name: str, value: Any, low: float, high: float) -> None:
+    """Raise ValueError with one sentence unless `value` is a whole number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low:g} to {high:g}, got {value!r}.")
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {shown(value)}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,36 +194,33 @@ class Prompt:
 class GenerationRequest:
     """What a visitor asks for. Raises ValueError with one sentence that can be shown as it is.
 
-    `model` is a name of the menu, None the first. `num_frames` counts the prompt frames; `ar_step` is the timestep gap, from 0 to `num_inference_steps`, or one gap per
-    new frame after the first. `continues` is the id of the run whose last finished frames are the prompt.
+    `model` is a name of the menu, None the first. `num_frames` counts the prompt frames; `ar_step` is the timestep gap,
+    from 0 to `num_inference_steps`, or one gap per new frame after the first. `continues` is the id of the run whose last
+    finished frames are the prompt. What an operator allows of it is `check`ed apart.
     """
 
     model: str | None = None
     scene: str | None = None
     prompt: Prompt | None = None
-    num_frames: int = int(LIMITS.length.default)
-    ar_step: int | tuple[int, ...] = LIMITS.gap_default
-    num_inference_steps: int = int(LIMITS.steps.default)
-    guidance_scale: float = LIMITS.guidance.default
+    num_frames: int = LENGTH
+    ar_step: int | tuple[int, ...] = GAP
+    num_inference_steps: int = STEPS
+    guidance_scale: float = GUIDANCE.default
     seed: int = 0
     continues: str | None = None
 
     def __post_init__(self) -> None:
-        def within(name: str, value: Any, allowed: Range) -> None:
-            _whole(name, value, allowed.low, allowed.high)
-
-        within("The length (`num_frames`)", self.num_frames, LIMITS.length)
-        within("The number of steps (`num_inference_steps`)", self.num_inference_steps, LIMITS.steps)
+        for name, value in (("model", self.model), ("scene", self.scene)):
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"The {name} (`{name}`) must be a name or nothing, got {shown(value)}.")
+        self._check_ranges(*(_BOUNDS[name] for name in ("frames", "steps", "prompt_frames")))
         self._check_gaps()
-        _whole("The seed (`seed`)", self.seed, 0, LIMITS.seed_max)
-        low, high = LIMITS.guidance.low, LIMITS.guidance.high
-        if not isinstance(self.guidance_scale, int | float) or not low <= self.guidance_scale <= high:
+        check_whole("The seed (`seed`)", self.seed, 0, SEED_MAX)
+        value = self.guidance_scale
+        if isinstance(value, bool) or not isinstance(value, int | float) or not GUIDANCE.low <= value <= GUIDANCE.high:
             raise ValueError(
-                f"The guidance (`guidance_scale`) must be a number from {low:g} to {high:g}, got {self.guidance_scale!r}."
-            )
-        if self.num_prompt_frames > LIMITS.prompt_frames.high:
-            raise ValueError(
-                f"There can be at most {LIMITS.prompt_frames.high:g} prompt frames, got {self.num_prompt_frames}."
+                f"The guidance (`guidance_scale`) must be a number from {GUIDANCE.low:g} to {GUIDANCE.high:g}, "
+                f"got {shown(value)}."
             )
         if self.num_prompt_frames >= self.num_frames:
             raise ValueError(
@@ -190,11 +228,25 @@ class GenerationRequest:
                 f"got {self.num_frames}."
             )
 
+    def check(self, limits: Limits) -> None:
+        """Raise ValueError with one sentence for more than an operator allows."""
+        allowed = controls(limits)
+        ranges = allowed.length, allowed.steps, allowed.prompt_frames
+        self._check_ranges(*((between.low, between.high) for between in ranges))
+
+    def _check_ranges(
+        self, frames: tuple[float, float], steps: tuple[float, float], prompts: tuple[float, float]
+    ) -> None:
+        check_whole("The length (`num_frames`)", self.num_frames, *frames)
+        check_whole("The number of steps (`num_inference_steps`)", self.num_inference_steps, *steps)
+        if self.num_prompt_frames > prompts[1]:
+            raise ValueError(f"There can be at most {prompts[1]} prompt frames, got {self.num_prompt_frames}.")
+
     def _check_gaps(self) -> None:
         if isinstance(self.ar_step, list):
             object.__setattr__(self, "ar_step", tuple(self.ar_step))
         if not isinstance(self.ar_step, tuple):
-            _whole("The timestep gap (`ar_step`)", self.ar_step, 0, self.num_inference_steps)
+            check_whole("The timestep gap (`ar_step`)", self.ar_step, 0, self.num_inference_steps)
             return
         count = max(self.num_frames - self.num_prompt_frames - 1, 0)
         if len(self.ar_step) != count:
@@ -203,7 +255,7 @@ class GenerationRequest:
                 f"got {len(self.ar_step)}."
             )
         for gap in self.ar_step:
-            _whole("Every timestep gap (`ar_step`)", gap, 0, self.num_inference_steps)
+            check_whole("Every timestep gap (`ar_step`)", gap, 0, self.num_inference_steps)
 
     @property
     def num_prompt_frames(self) -> int:
@@ -233,13 +285,16 @@ RESULT_KEYS = ("finished_frames", "seconds")
 SETTINGS_BYTES = 8 * 1024 * 1024
 
 
-def read_settings(text: str) -> GenerationRequest:
-    """The request that a settings file asks for. Raises ValueError with one sentence for anything else."""
+def read_settings(text: str, max_pixels: int = MAX_PIXELS) -> GenerationRequest:
+    """The request that a settings file asks for. Raises ValueError with one sentence for anything else.
+
+    `max_pixels`: of all prompt frames together, checked before they are decoded.
+    """
     if len(text) > SETTINGS_BYTES:
         raise ValueError(f"A settings file has at most {SETTINGS_BYTES // 2**20} MB, got {len(text) / 2**20:.0f} MB.")
     try:
         settings = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise ValueError("This is not a settings file of the studio: it must hold one JSON object.")
@@ -247,30 +302,28 @@ def read_settings(text: str) -> GenerationRequest:
     strange = [name for name in settings if name not in known and name not in RESULT_KEYS]
     missing = [name for name in known if name not in settings]
     if strange or missing:
-        words = f"has the unknown entry {strange[0]!r}" if strange else f"lacks the entry {missing[0]!r}"
+        words = f"has the unknown entry {shown(strange[0])}" if strange else f"lacks the entry {missing[0]!r}"
         raise ValueError(f"This is not a settings file of the studio: it {words}.")
     prompt = settings["prompt"]
-    for name in ("model", "scene"):
-        if settings[name] is not None and not isinstance(settings[name], str):
-            raise ValueError(f"The {name} (`{name}`) must be a name or nothing, got {settings[name]!r}.")
     return GenerationRequest(
         **{name: settings[name] for name in known if name != "prompt"},
-        prompt=None if prompt is None else _read_stored_prompt(prompt),
+        prompt=None if prompt is None else _read_stored_prompt(prompt, max_pixels),
     )
 
 
-def _read_stored_prompt(stored: Any) -> Prompt:
+def _read_stored_prompt(stored: Any, max_pixels: int) -> Prompt:
     try:
         frames = [
             Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1], validate=True)), formats=["PNG"])
             for url in stored["frames"]
         ]
         sizes = {frame.size for frame in frames}
-        if len(sizes) != 1 or not 1 <= len(frames) <= LIMITS.prompt_frames.high or max(map(max, sizes)) > 4096:
+        if len(sizes) != 1 or len(frames) * math.prod(frames[0].size) > max_pixels:
             raise ValueError
         source = str(stored["source"])
         return Prompt(np.stack([np.asarray(frame.convert("RGB")) for frame in frames]), source)
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, OSError) as error:
+    # What Pillow raises for damaged files; ours are told like theirs.
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, OSError, SyntaxError) as error:
         raise ValueError("The prompt frames of this settings file cannot be read.") from error
 
 
@@ -316,7 +369,8 @@ class Progress:
 class Finished:
     """The run is over. `video` is None only when it was stopped before a frame was finished.
 
-    `num_frames` are finished; the video has `total_frames`: more when the run went on from an earlier one.
+    `num_frames` are finished; the video has `total_frames`: more when the run went on from an earlier one. `limit` are
+    the seconds that a run may take, where that is what stopped it.
     """
 
     run_id: str
@@ -326,6 +380,7 @@ class Finished:
     stopped: bool
     seconds: float
     settings: dict[str, Any]
+    limit: float | None = None
 
 
 @dataclass(frozen=True)

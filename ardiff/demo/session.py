@@ -8,10 +8,15 @@ Frames are (S, S, 3) uint8, S = the model's image size; a prompt is (P, S, S, 3)
 
 from __future__ import annotations
 
+import contextvars
 import json
+import logging
+import math
+import os
 import queue
 import re
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -19,7 +24,9 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +35,11 @@ import psutil
 import torch
 from PIL import Image
 
-from ardiff.data.video import fit_frame, read_image, read_video, video_seconds, write_video
-from ardiff.demo.models import Cost, LoadedModel, ModelMenu
+from ardiff.data.video import read_image, write_video
+from ardiff.demo.decoder import Decoder
+from ardiff.demo.models import LoadedModel, ModelMenu
 from ardiff.demo.presets import (
     FPS,
-    IMAGE_SUFFIXES,
-    LIMITS,
-    VIDEO_SUFFIXES,
     Event,
     Failed,
     Finished,
@@ -45,11 +50,17 @@ from ardiff.demo.presets import (
     Prompt,
     Queued,
     Recovered,
-    is_video,
     read_settings,
+    span,
 )
 from ardiff.schedulers.ad_schedule import ad_schedule, check_window
+from ardiff.serving.limits import PRESETS, Limits
+from ardiff.serving.metrics import Metrics
 from ardiff.serving.remote import RemoteStep, ReplicaLost
+from ardiff.serving.zero import GpuError, on_zero_gpu, with_gpu
+
+
+log = logging.getLogger(__name__)
 
 
 TICK = 0.1
@@ -58,17 +69,11 @@ TICK = 0.1
 PREVIEW_SHARE = 0.15
 """Decoding guesses of unfinished frames may take at most this share of a run's time."""
 
-KEEP_SECONDS = 3600.0
-"""Age in seconds after which the files of a finished run are removed."""
-
 STOP_SECONDS = 10.0
 """How long visitors have to be given what was finished when their runs are ended."""
 
-KEEP_RUNS = 64
-"""Finished runs whose files are kept, at most: the oldest go first."""
-
-VIEW_SIDE = 160
-"""Longest side in pixels of the picture that shows a prompt frame's crop."""
+GPU_SECONDS = 5
+"""Seconds of ZeroGPU beyond a run's own: to start its process, and for a single picture."""
 
 EXPORTS = {"mp4": "video.mp4", "gif": "video.gif", "webp": "video.webp", "zip": "frames.zip", "json": "settings.json"}
 """What a run can be kept as, and the file's name."""
@@ -79,30 +84,54 @@ class _Run:
     request: GenerationRequest
     folder: Path
     id: str
+    visitor: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
     events: queue.SimpleQueue[Event | None] = field(default_factory=queue.SimpleQueue)
     future: Future[float] | None = None
+    limit: float | None = None  # the seconds that were up, where that is why it stopped
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a run gave up to the end of one call of the network: plain data in main memory, which other processes can send.
+
+    `finished` and `previews` are (frame index, picture) pairs; `due`: the visitor should hear of it; `decoding`: seconds
+    that the previews took; `preview`: seconds that one takes, as far as is known.
+    """
+
+    iteration: int
+    num_iterations: int
+    step_index: tuple[int, ...]
+    noise_level: tuple[float, ...]
+    finished: tuple[tuple[int, np.ndarray], ...]
+    previews: tuple[tuple[int, np.ndarray], ...]
+    due: bool
+    decoding: float
+    preview: float | None
 
 
 class PreviewPace:
-    """Decides how many guesses may be decoded now so that decoding stays within its share of the run's time."""
+    """Decides how many guesses may be decoded now so that decoding stays within its share of the run's time.
 
-    def __init__(self, cost: Cost) -> None:
-        self.cost = cost
+    `each`: seconds that decoding a frame takes, None as long as nobody knows.
+    """
+
+    def __init__(self, each: float | None) -> None:
+        self.each = each
         self.spent = 0.0
         self.last_shown: dict[int, int] = {}
 
     def choose(self, active: Sequence[int], elapsed: float) -> list[int]:
         """Neighbouring frames, from the one not seen for longest on: neighbours share most of what decoding them needs."""
         budget = PREVIEW_SHARE * elapsed - self.spent
-        count = 1 if self.cost.preview is None else int(budget / self.cost.preview)
+        count = 1 if self.each is None else int(budget / self.each)
         oldest = min(range(len(active)), key=lambda at: self.last_shown.get(active[at], -1), default=0)
         return list(active[oldest : oldest + max(count, 0)])
 
     def paid(self, frames: Sequence[int], iteration: int, seconds: float) -> None:
         self.spent += seconds
         each = seconds / len(frames)
-        self.cost.preview = each if self.cost.preview is None else 0.7 * self.cost.preview + 0.3 * each
+        self.each = each if self.each is None else 0.7 * self.each + 0.3 * each
         self.last_shown.update(dict.fromkeys(frames, iteration))
 
     def decode(self, step: Any, num_inference_steps: int, elapsed: float) -> tuple[tuple[int, np.ndarray], ...]:
@@ -124,25 +153,50 @@ class Session:
         sources: for every name of the menu a function that gives its `ARDiffPipeline`, already on its device. From then
             on only the session's worker thread runs it. The first one is loaded now, the others when they are asked for.
         workers: runs at the same time, each on a thread of its own; more than one only for pipelines whose model is elsewhere.
+        limits: what the operator lets visitors do.
         warm_up: measure a model's speed once, in the background, so that the first estimate is honest.
+
+    `folder` holds a folder for every run that is kept, `uploads` what visitors sent and what a server copied for them; both
+    together stay within the disk budget, and go when the session is closed. `metrics` counts what happens.
 
     Raises:
         ValueError: there is no model, or the first one cannot be loaded.
     """
 
-    def __init__(self, sources: Mapping[str, Callable[[], Any]], *, workers: int = 1, warm_up: bool = True) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="ardiff-studio-"))
+    def __init__(
+        self,
+        sources: Mapping[str, Callable[[], Any]],
+        *,
+        limits: Limits = PRESETS["space"],
+        workers: int = 1,
+        warm_up: bool = True,
+    ) -> None:
+        self.limits = limits
+        self.metrics = Metrics(lambda: len(self._waiting))
+        self.decoder = Decoder(limits)
+        self._home = Path(tempfile.mkdtemp(prefix="ardiff-studio-")).resolve()
+        self.folder, self.uploads = self._home / "runs", self._home / "uploads"
+        self.folder.mkdir()
+        self.uploads.mkdir()
+        self._of_the_page: frozenset[Path] = frozenset()
+        self._sizes: dict[str, int] = {}
         self._num_workers = workers
         self._worker = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="ardiff-model")
         self._lock = threading.Lock()
         self._waiting: list[_Run] = []
         self._running: list[_Run] = []
-        self._closing = False
+        self._draining = False
         self._live: dict[str, _Run] = {}
         self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        # On ZeroGPU the device is there for visitors' runs alone; the first of them tell how fast it is.
+        warm_up = warm_up and not on_zero_gpu()
         measure = (lambda model: self._worker.submit(self._measure, model)) if warm_up else (lambda model: None)
         self.models = ModelMenu(sources, measure)
+        self._gpu_calls = with_gpu(self._calls, self._gpu_seconds, describe)
+        self._gpu_reconstruct = with_gpu(self._reconstruct, lambda model, frames: GPU_SECONDS, describe)
         self.models.get()
+        self._closing = threading.Event()
+        threading.Thread(target=self._sweep_at_times, name="ardiff-sweep", daemon=True).start()
 
     @property
     def first(self) -> LoadedModel:
@@ -151,12 +205,22 @@ class Session:
 
     # What a visitor does -----------------------------------------------------------------------------------------
 
-    def run(self, request: GenerationRequest) -> Iterator[Event]:
+    def run(self, request: GenerationRequest, visitor: str = "") -> Iterator[Event]:
         """Queue `request` and give its events: Queued, then FrameReady / Preview / Progress, then Finished or Failed.
 
-        Raises ValueError at once, with one sentence, for a model that is not on the menu, a scene that it does not know,
-        a gap that keeps more frames in flight than its window, and when too many visitors wait already.
+        `visitor` tells visitors apart, for the limit of runs that each may have at the same time; "" is not counted. It is
+        forgotten with the run.
+        Raises ValueError at once, with one sentence, for more than the operator allows, a model that is not on the menu,
+        a scene that it does not know, a gap that keeps more frames in flight than its window, and when too many wait.
         """
+        try:
+            return self._enter(request, visitor)
+        except ValueError:
+            self.metrics.run_refused()
+            raise
+
+    def _enter(self, request: GenerationRequest, visitor: str) -> Iterator[Event]:
+        request.check(self.limits)
         model = self.models.get(request.model)
         request = replace(request, model=model.name)
         if request.scene is not None and request.scene not in model.scenes:
@@ -167,32 +231,61 @@ class Session:
                 f"got {request.num_frames}."
             )
         check_window(self._plan(request), model.window, num_prompt_frames=request.num_prompt_frames)
+        self._check_memory(request, model)
         earlier = None if request.continues is None else self._kept(request.continues)
         run_id = uuid.uuid4().hex
-        run = _Run(request, self.folder / run_id, run_id)
+        run = _Run(request, self.folder / run_id, run_id, visitor)
+        # What belongs to the visitor's call (on ZeroGPU, whose share of the GPU is used) goes along to the worker.
+        context = contextvars.copy_context()
         with self._lock:
-            if self._closing:
+            if self._draining:
                 raise ValueError(
                     "The studio is about to restart and takes no new runs; please try again in a few minutes."
                 )
-            if len(self._waiting) >= LIMITS.waiting_visitors:
+            if len(self._waiting) >= self.limits.queue:
                 raise ValueError(f"{len(self._waiting)} visitors are waiting already; please try again in a minute.")
+            own = sum(other.visitor == visitor for other in self._live.values())
+            if visitor and own >= self.limits.runs_per_visitor:
+                raise ValueError(
+                    f"Each visitor can have {self.limits.runs_per_visitor} runs at the same time; "
+                    "please wait until one has ended."
+                )
             self._prepare(run, earlier)
             self._live[run.id] = run
             self._waiting.append(run)
             place = self._place(run)
-            run.future = self._worker.submit(self._work, run)
+            run.future = self._worker.submit(context.run, self._work, run)
         run.future.add_done_callback(lambda _: run.events.put(None))
         self.sweep()
         return self._events(run, place)
 
     def memory(self, model: LoadedModel) -> str:
         """Free memory of the model's device in words; of the machine where the device has none of its own."""
+        if on_zero_gpu():
+            return "ZeroGPU"
+        free, total = self.free_memory(model)
+        return f"{free / 2**30:.1f} of {total / 2**30:.0f} GB free"
+
+    def free_memory(self, model: LoadedModel) -> tuple[int, int]:
+        """Bytes that are free on the model's device, and all it has."""
         if model.device.startswith("cuda"):
             free, total = torch.cuda.mem_get_info(model.device)
-        else:
-            free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
-        return f"{free / 2**30:.1f} of {total / 2**30:.0f} GB free"
+            # What torch holds without using it is free for a run too.
+            held = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+            return free + held, total
+        machine = psutil.virtual_memory()
+        return machine.available, machine.total
+
+    def _check_memory(self, request: GenerationRequest, model: LoadedModel) -> None:
+        if on_zero_gpu():  # the device that the run gets is not there yet
+            return
+        plan, guided = self._plan(request).numpy(), self._is_guided(request, model)
+        needed, free = model.run_memory(plan, request.num_prompt_frames, guided), self.free_memory(model)[0]
+        if needed > free:
+            raise ValueError(
+                f"The run would take about {needed / 2**30:.1f} GB of memory and {free / 2**30:.1f} GB are free; choose a "
+                "larger gap or a shorter length, or no guidance."
+            )
 
     def stop(self, run_id: str) -> bool:
         """End a run at its next iteration and keep its finished frames. False when there is no such run."""
@@ -205,12 +298,12 @@ class Session:
         return True
 
     def continuation(self, run_id: str, request: GenerationRequest) -> GenerationRequest:
-        """`request` as a continuation of a kept run: its last finished frames (eight at most) are the prompt.
+        """`request` as a continuation of a kept run: its last finished frames, as many as may be a prompt, are the prompt.
 
         The length of `request` is the number of new frames. Raises ValueError with one sentence.
         """
         kept = self.recover(run_id)
-        frames = kept.frames[-int(LIMITS.prompt_frames.high) :]
+        frames = kept.frames[-self.limits.prompt_frames :]
         if not frames:
             raise ValueError("There is no finished frame to go on from.")
         size = self.models.get(request.model).image_size
@@ -219,7 +312,7 @@ class Session:
                 f"The frames of that run have {len(frames[0])} px and this model makes {size} px; choose the model "
                 f"{kept.request.model} to go on from them."
             )
-        length = min(request.num_frames + len(frames), int(LIMITS.length.high))
+        length = min(request.num_frames + len(frames), self.limits.frames)
         prompt = Prompt(np.stack(frames), f"run {run_id[:8]}")
         return replace(request, prompt=prompt, num_frames=length, continues=run_id)
 
@@ -243,6 +336,7 @@ class Session:
             if not frames:
                 raise ValueError("There is no finished frame to keep.")
             write_video(frames, path, fps=FPS)
+            self._weigh(folder)
         return path
 
     def read_prompt(
@@ -252,29 +346,72 @@ class Session:
         model: str | None = None,
         start: int = 0,
         stride: int = 1,
-        count: int = int(LIMITS.prompt_frames.high),
+        count: int | None = None,
     ) -> Prompt | None:
         """Read uploaded pictures, or `count` frames of one video, every `stride`-th from frame `start` on.
 
-        Raises ValueError with one sentence; None for no file.
+        None for no file; a `count` of None is as many as may be a prompt. Raises ValueError with one sentence.
         """
         size = self.models.get(model).image_size
-        return read_prompt(paths, size, start=start, stride=stride, count=count) if paths else None
+        count = self.limits.prompt_frames if count is None else count
+        return self.decoder.prompt(paths, size, start=start, stride=stride, count=count) if paths else None
+
+    def read_settings(self, path: str | Path) -> GenerationRequest:
+        """The request of an uploaded settings file. Raises ValueError with one sentence."""
+        return self.decoder.settings(path)
 
     def prompt_preview(self, prompt: Prompt, model: str | None = None) -> list[np.ndarray]:
         """The prompt frames as the model sees them: through its encoder and decoder and back."""
-        pipeline = self.models.get(model).pipeline
-        return self._on_worker(lambda: list(pipeline.reconstruct(prompt.frames)))
+        name = self.models.get(model).name
+        return self._on_worker(lambda: self._gpu_reconstruct(name, prompt.frames))
 
-    def sweep(self, max_age: float = KEEP_SECONDS, max_runs: int = KEEP_RUNS) -> None:
-        """Remove the files of runs that ended more than `max_age` seconds ago, and all but the `max_runs` latest."""
+    def sweep(self, max_age: float | None = None, max_bytes: int | None = None) -> None:
+        """Remove runs that ended, and uploads that came, more than `max_age` seconds ago, and the oldest above `max_bytes`.
+
+        None are the operator's limits. Runs that are under way stay, and so does what the page itself is made of.
+        """
+        max_age = self.limits.keep_seconds if max_age is None else max_age
+        max_bytes = self.limits.disk_bytes if max_bytes is None else max_bytes
         with self._lock:
             live = set(self._live)
-        over = [(folder.stat().st_mtime, folder) for folder in self.folder.iterdir() if folder.name not in live]
+        over = []
+        for folder in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # another thread sweeps too
+                size = self._sizes.get(folder.name) or self._weigh(folder)
+                over.append((folder.stat().st_mtime, size, folder))
+        for path in self.uploads.rglob("*"):
+            with suppress(FileNotFoundError):
+                told = path.lstat()
+                if not stat.S_ISDIR(told.st_mode) and path not in self._of_the_page:
+                    over.append((told.st_mtime, _occupied(told), path))
         over.sort(key=lambda entry: entry[0], reverse=True)
-        for rank, (ended, folder) in enumerate(over):
-            if rank >= max_runs or time.time() - ended > max_age:
-                shutil.rmtree(folder, ignore_errors=True)
+        kept = 0
+        for ended, size, path in over:
+            kept += size
+            if path.name in live or (kept <= max_bytes and time.time() - ended <= max_age):
+                continue
+            kept -= size
+            if path.parent == self.folder:
+                shutil.rmtree(path, ignore_errors=True)
+                self._sizes.pop(path.name, None)
+            else:
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # not empty: something came in between
+                    path.parent.rmdir()
+
+    def _sweep_at_times(self) -> None:
+        while not self._closing.wait(min(self.limits.keep_seconds / 2, 600.0)):
+            self.sweep()
+
+    def keep_page_files(self) -> None:
+        """Take all that is in `uploads` now for a part of the page, which no sweep removes."""
+        self._of_the_page = frozenset(self.uploads.rglob("*"))
+
+    def _weigh(self, folder: Path) -> int:
+        """Bytes on disk of a run's folder; known from then on."""
+        size = sum(_occupied(path.lstat()) for path in folder.iterdir())
+        self._sizes[folder.name] = size
+        return size
 
     def drain(self, seconds: float) -> bool:
         """Refuse new runs and wait until those that were taken are over. After `seconds` they end as by `stop`.
@@ -282,7 +419,7 @@ class Session:
         Returns whether all came to their own end.
         """
         with self._lock:
-            self._closing = True
+            self._draining = True
         if self._over_within(seconds):
             return True
         with self._lock:
@@ -300,12 +437,14 @@ class Session:
 
     def close(self) -> None:
         """End every run, wait for the model's current iteration and remove all files."""
+        self._closing.set()
         with self._lock:
             runs = list(self._live.values())
         for run in runs:
             run.stop.set()
         self._worker.shutdown(wait=True, cancel_futures=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.decoder.close()
+        shutil.rmtree(self._home, ignore_errors=True)
 
     # The visitor's side of a run ---------------------------------------------------------------------------------
 
@@ -330,6 +469,7 @@ class Session:
             self._leave_queue(run)
             with self._lock:
                 self._live.pop(run.id, None)
+                self._sizes.pop(run.id, None)
 
     def _prepare(self, run: _Run, earlier: Path | None) -> None:
         """Make the run's folder, with the frames that its video has before its own: all of the run that it goes on from."""
@@ -347,14 +487,18 @@ class Session:
             return Failed(run.id, describe(error), video, count)
         settings = {**run.request.settings(), "finished_frames": count, "seconds": seconds}
         (run.folder / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        self._weigh(run.folder)
         stopped = count < run.request.num_frames
-        return Finished(run.id, video, count, total, stopped, seconds, settings)
+        return Finished(run.id, video, count, total, stopped, seconds, settings, run.limit if stopped else None)
 
     def _kept(self, run_id: str) -> Path:
         """The folder of a run of this server. Raises ValueError when there is none (any more)."""
-        folder = self.folder / run_id
-        if not re.fullmatch("[0-9a-f]{32}", run_id) or not folder.is_dir():
-            raise ValueError("That run is not kept any more: finished frames stay for an hour.")
+        named = isinstance(run_id, str) and re.fullmatch("[0-9a-f]{32}", run_id)
+        folder = self.folder / run_id if named else None
+        if folder is None or not folder.is_dir():
+            raise ValueError(
+                f"That run is not kept any more: finished frames stay for {span(self.limits.keep_seconds)} at most."
+            )
         return folder
 
     def _leave_queue(self, run: _Run) -> None:
@@ -377,49 +521,97 @@ class Session:
             self._waiting.remove(run)
             self._running.append(run)
             self._tell_places()
+        self.metrics.run_started()
+        begun, outcome = time.monotonic(), "failed"
         try:
-            return self._generate(run)
+            seconds = self._generate(run)
+            outcome = "stopped" if run.stop.is_set() else "finished"
+            return seconds
+        except Exception:
+            log.warning("a run broke off", exc_info=True, extra={"run": run.id, "model": run.request.model})
+            raise
         finally:
+            taken = time.monotonic() - begun
+            self.metrics.run_ended(outcome, taken)
+            told = {"run": run.id, "outcome": outcome, "seconds": round(taken, 3), "model": run.request.model}
+            told |= {"frames": run.request.num_frames, "steps": run.request.num_inference_steps}
+            log.info("a run ended", extra={"event": "run_ended", **told})
             with self._lock:
                 self._running.remove(run)
 
     def _generate(self, run: _Run) -> float:
         # Asked for again: the model may have left memory while the run waited.
         request, model = run.request, self.models.get(run.request.model)
-        pace, ahead = PreviewPace(model.cost), self._seconds_ahead(request, model)
-        started, ticked = time.monotonic(), float("-inf")
-        stream = model.pipeline.stream(**self.arguments(request))
+        ahead = self._seconds_ahead(request, model)
+        started = marked = time.monotonic()
+        decoding = 0.0
+        calls = self._gpu_calls(model.name, request, model.cost.preview)
         try:
-            for step in stream:
-                for index, frame in step.finished:
+            for call in calls:
+                now = time.monotonic()
+                self.metrics.model_called(max(now - marked - call.decoding, 0.0))
+                decoding, model.cost.preview = decoding + call.decoding, call.preview
+                for index, frame in call.finished:
                     # Kept here, not where events are drawn: what had finished stays when the visitor is gone.
-                    Image.fromarray(frame).save(run.folder / f"frame-{index:03d}.png")
+                    Image.fromarray(frame).save(run.folder / f"frame-{index:04d}.png")
                     run.events.put(FrameReady(run.id, index, frame))
-                # A step from elsewhere that brings guesses was made on a tick there.
-                due = step.iteration == step.num_iterations or (isinstance(step, RemoteStep) and step.guesses)
-                if time.monotonic() - ticked >= TICK or due:
-                    self._preview(run, step, pace, time.monotonic() - started)
-                    ticked = time.monotonic()
-                    indices, levels = tuple(step.step_index.tolist()), tuple(step.noise_level.tolist())
-                    times = ticked - started, self._time_left(ahead, step.iteration, ticked - started)
-                    run.events.put(Progress(run.id, step.iteration, step.num_iterations, indices, levels, *times))
+                if call.previews:
+                    run.events.put(Preview(run.id, call.previews))
+                if call.due:
+                    times = now - started, self._time_left(ahead, call.iteration, now - started)
+                    told = call.iteration, call.num_iterations, call.step_index, call.noise_level
+                    run.events.put(Progress(run.id, *told, *times))
+                if now - started > self.limits.run_seconds and call.iteration < call.num_iterations:
+                    run.limit = self.limits.run_seconds
+                    run.stop.set()
                 if run.stop.is_set():
                     break
                 self._run_errands()
+                marked = time.monotonic()
         finally:
-            stream.close()
+            calls.close()
         seconds = time.monotonic() - started
         if not run.stop.is_set():
-            model.cost.learn(float(ahead[0]), seconds - pace.spent)
+            model.cost.learn(float(ahead[0]), seconds - decoding)
         return seconds
 
-    def _preview(self, run: _Run, step: Any, pace: PreviewPace, elapsed: float) -> None:
-        if isinstance(step, RemoteStep):
-            guesses = step.guesses  # what to decode was decided where the model is
-        else:
-            guesses = pace.decode(step, run.request.num_inference_steps, elapsed)
-        if guesses:
-            run.events.put(Preview(run.id, guesses))
+    def _calls(self, model: str, request: GenerationRequest, preview: float | None) -> Iterator[Call]:
+        """All that needs the model's device, from plain arguments to plain data. Yields after every call of the network, so
+        that closing it frees the device at once. `preview`: seconds that decoding a guess takes, None when not known.
+        """
+        pace, started, ticked = PreviewPace(preview), time.monotonic(), float("-inf")
+        stream = self.models.get(model).pipeline.stream(**self.arguments(request))
+        try:
+            for step in stream:
+                remote = isinstance(step, RemoteStep)  # what to decode was decided where the model is, on a tick there
+                due = time.monotonic() - ticked >= TICK or step.iteration == step.num_iterations
+                spent, previews = pace.spent, step.guesses if remote else ()
+                if due and not remote:
+                    previews = pace.decode(step, request.num_inference_steps, time.monotonic() - started)
+                due = due or bool(previews)
+                if due:
+                    ticked = time.monotonic()
+                yield Call(
+                    iteration=step.iteration,
+                    num_iterations=step.num_iterations,
+                    step_index=tuple(step.step_index.tolist()),
+                    noise_level=tuple(step.noise_level.tolist()),
+                    finished=tuple(step.finished),
+                    previews=previews,
+                    due=due,
+                    decoding=pace.spent - spent,
+                    preview=pace.each,
+                )
+        finally:
+            stream.close()
+
+    def _gpu_seconds(self, model: str, request: GenerationRequest, preview: float | None) -> int:
+        """Seconds to ask ZeroGPU for: the plan's, with room for previews and for a machine that is not at its best."""
+        expected = self._seconds_ahead(request, self.models.get(model))[0]
+        return math.ceil(min(GPU_SECONDS + 1.5 * float(expected), GPU_SECONDS + self.limits.run_seconds))
+
+    def _reconstruct(self, model: str, frames: np.ndarray) -> list[np.ndarray]:
+        return list(self.models.get(model).pipeline.reconstruct(frames))
 
     def arguments(self, request: GenerationRequest) -> dict[str, Any]:
         """The pipeline's arguments for a request: `pipe(**arguments)` gives the very frames of the run."""
@@ -443,9 +635,12 @@ class Session:
 
     def _seconds_ahead(self, request: GenerationRequest, model: LoadedModel) -> np.ndarray:
         """(R + 1,) expected seconds from after each iteration to the end; entry 0 is the whole run."""
-        guided = model.pipeline.is_guided(request.guidance_scale, request.scene is not None)
+        guided = self._is_guided(request, model)
         rows = [model.cost.seconds(1, count, guided) for count in model.evaluations(self._plan(request).numpy())]
         return np.append(np.cumsum(rows[::-1])[::-1], 0.0)
+
+    def _is_guided(self, request: GenerationRequest, model: LoadedModel) -> bool:
+        return model.pipeline.is_guided(request.guidance_scale, request.scene is not None)
 
     def _time_left(self, ahead: np.ndarray, iteration: int, elapsed: float) -> float:
         done = ahead[0] - ahead[iteration]
@@ -477,7 +672,7 @@ class Session:
     def _on_worker(self, call: Callable[[], Any]) -> Any:
         """Run a short `call` on the model's thread: between two iterations when a run is under way."""
         future: Future[Any] = Future()
-        self._errands.append((future, call))
+        self._errands.append((future, partial(contextvars.copy_context().run, call)))
         self._worker.submit(self._run_errands)
         return future.result()
 
@@ -495,46 +690,11 @@ class Session:
 
 def describe(error: BaseException) -> str:
     """One sentence for a visitor about what went wrong."""
-    if isinstance(error, ValueError | ReplicaLost):
+    if isinstance(error, ValueError | GpuError | ReplicaLost):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return "The device ran out of memory; what had finished is kept. Choose a larger gap or a shorter length."
+        return "The device ran out of memory; what had finished is kept. Choose a larger gap, a shorter length or no guidance."
     return f"The run broke off ({type(error).__name__}: {error}); what had finished is kept."
-
-
-def read_prompt(paths: Sequence[str | Path], size: int, *, start: int = 0, stride: int = 1, count: int = 8) -> Prompt:
-    """Read pictures, or `count` frames of one video, into a `Prompt` of at most eight frames of `size` pixels.
-
-    Raises ValueError with one sentence for anything else: no such kind of file, empty, too large, unreadable, too many.
-    """
-    paths = [Path(path) for path in paths]
-    most = int(LIMITS.prompt_frames.high)
-    for path in paths:
-        _check_file(path)
-    videos = [path for path in paths if is_video(path)]
-    if videos and len(paths) > 1:
-        raise ValueError(f"Give either pictures or one video as prompt, got a video among {len(paths)} files.")
-    if len(paths) > most:
-        raise ValueError(f"There can be at most {most} prompt frames, got {len(paths)} pictures.")
-    if videos:
-        if not 1 <= count <= most:
-            raise ValueError(f"The frames taken from the video must be from 1 to {most}, got {count}.")
-        _check_duration(videos[0])
-        given = read_video(videos[0], max_frames=count, stride=stride, start=start)
-    else:
-        given = [read_image(path) for path in paths]
-    frames = np.stack([fit_frame(picture, size) for picture in given])
-    return Prompt(frames, ", ".join(path.name for path in paths), tuple(_view(picture) for picture in given))
-
-
-def _view(picture: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float, float]]:
-    """A small copy of a whole picture, and the centre square that becomes the frame, in [0, 1]."""
-    image = Image.fromarray(picture)
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2 / width, (height - side) / 2 / height
-    image.thumbnail((VIEW_SIDE, VIEW_SIDE))
-    return np.asarray(image), (left, top, 1 - left, 1 - top)
 
 
 def _video_frames(folder: Path) -> list[Path]:
@@ -546,21 +706,6 @@ def _video_frames(folder: Path) -> list[Path]:
     return earlier + own[request.num_prompt_frames :]
 
 
-def _check_file(path: Path) -> None:
-    if path.suffix.lower() not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
-        raise ValueError(
-            f"`{path.name}` is neither a picture (png, jpg, webp, bmp) nor a video (mp4, mov, webm, gif)."
-        )
-    size = path.stat().st_size
-    if size == 0:
-        raise ValueError(f"`{path.name}` is empty (0 bytes).")
-    if size > LIMITS.upload_bytes:
-        raise ValueError(
-            f"`{path.name}` has {size / 2**20:.0f} MB; at most {LIMITS.upload_bytes // 2**20} MB are read."
-        )
-
-
-def _check_duration(path: Path) -> None:
-    seconds = video_seconds(path)
-    if seconds > LIMITS.video_seconds:
-        raise ValueError(f"`{path.name}` lasts {seconds:.0f} s; at most {LIMITS.video_seconds:.0f} s are accepted.")
+def _occupied(told: os.stat_result) -> int:
+    """Bytes that a file takes on disk: a small one takes a block."""
+    return max(told.st_size, 4096)

@@ -17,24 +17,33 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
+import torch
+from gradio.components import Component
+from gradio.context import LocalContext
 from gradio.themes.utils.fonts import LocalFont
 
-from ardiff.demo.models import LoadedModel
+from ardiff.demo.guard import Guard
+from ardiff.demo.models import LOADED_MODELS, LoadedModel, choose_models
 from ardiff.demo.presets import (
+    GAP,
     GAP_PRESETS,
-    LIMITS,
+    GUIDANCE,
+    LENGTH,
     NO_SCENE,
+    PROMPT_FRAMES,
+    SEED_MAX,
+    STEPS,
     TEXT,
     Failed,
     GenerationRequest,
     Prompt,
+    check_whole,
+    controls,
     event_json,
     is_video,
-    read_settings,
 )
 from ardiff.demo.session import Session
 from ardiff.demo.view import (
-    MAX_ROWS,
     NO_PROMPT,
     READY,
     RunView,
@@ -50,8 +59,11 @@ from ardiff.demo.view import (
     settings_controls,
     whole,
 )
-from ardiff.pipelines.loading import bundled_models, load_pipeline
+from ardiff.pipelines.loading import load_pipeline
 from ardiff.schedulers.ad_schedule import PROFILES
+from ardiff.serving.limits import Limits, read_accounts, read_limits
+from ardiff.serving.metrics import log_as_json
+from ardiff.serving.zero import on_zero_gpu
 
 
 STATIC = Path(__file__).parent / "static"
@@ -60,6 +72,9 @@ SCRIPTS = ("plan.js", "stage.js", "prompt.js", "page.js")
 
 CONTROLS = ("model", "scene", "order", "length", "gap", "profile", "chunk", "drawn", "steps", "guidance", "seed")
 """The controls that make a request, in the order in which every callback gets them."""
+
+SESSIONS = 500
+"""Visitors whose controls gradio remembers, at most: each takes a tenth of a megabyte, and so does every call of a script."""
 
 EXPORTS = (("mp4", "MP4"), ("gif", "GIF"), ("webp", "WebP"), ("zip", "Frames"), ("json", "Settings"))
 
@@ -98,28 +113,29 @@ class Studio:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.controls = controls(session.limits)
 
     def generate(
         self, mode: str, files: list[str] | None, prompt: Prompt | str | None, run_id: str, keep: bool, samples: float,
-        *values: Any,
+        *given: Any,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """Run and draw. `mode`: "new", "row" (beside what is there, from the same noise) or "continue" (from its frames).
 
         Outputs: stage, run id, seed, generate, stop, results.
         """
-        controls = dict(zip(CONTROLS, values, strict=True))
+        values = dict(zip(CONTROLS, given, strict=True))
         if mode == "new" and not keep:
-            controls["seed"] = secrets.randbelow(LIMITS.seed_max + 1)
-        seed = controls["seed"]
+            values["seed"] = secrets.randbelow(SEED_MAX + 1)
+        seed = values["seed"]
         try:
-            requests = self._requests(mode, files, prompt, run_id, int(samples), controls)
-            runs = [self.session.run(requests[0][1])]
+            requests = self._requests(mode, files, prompt, run_id, whole(samples), values)
+            runs = [self.session.run(requests[0][1], visitor())]
         except ValueError as error:
             yield self._outputs(idle_value("Please change something", plain(error), "failed"), seed=seed)
             return
         facts = self.session.models.get(requests[0][1].model).facts()
         for row, (name, request) in enumerate(requests):
-            events = runs.pop() if runs else self.session.run(request)
+            events = runs.pop() if runs else self.session.run(request, visitor())
             last = row == len(requests) - 1
             view = RunView(request, facts, row=name, keep_rows=mode == "row" or row > 0)
             try:
@@ -135,22 +151,23 @@ class Studio:
 
     def _requests(
         self, mode: str, files: list[str] | None, prompt: Prompt | str | None, run_id: str, samples: int,
-        controls: dict[str, Any],
+        values: dict[str, Any],
     ) -> list[tuple[str, GenerationRequest]]:  # fmt: skip
         """The runs that were asked for, each with the name of its row. Raises ValueError with one sentence."""
+        check_whole("The number of samples", samples, 1, self.controls.samples.high)
         if isinstance(prompt, str):
             raise ValueError(prompt)
         if mode == "continue":
-            request = self.session.continuation(run_id, make_request({**controls, "order": ""}, None))
+            request = self.session.continuation(run_id, make_request({**values, "order": ""}, None))
         else:
             if prompt is None and files:
                 # Generate came before the upload was read.
-                prompt = self.session.read_prompt(files, model=controls["model"])
-                controls = {**controls, "order": str(list(range(len(prompt.frames))))}
-            request = make_request(controls, prompt)
+                prompt = self.session.read_prompt(files, model=values["model"])
+                values = {**values, "order": str(list(range(len(prompt.frames))))}
+            request = make_request(values, prompt)
         if samples == 1:
             return [(gap_words(request.ar_step), request)]
-        seeds = [(request.seed + row) % (LIMITS.seed_max + 1) for row in range(samples)]
+        seeds = [(request.seed + row) % (SEED_MAX + 1) for row in range(samples)]
         return [(f"seed {seed}", replace(request, seed=seed)) for seed in seeds]
 
     def _outputs(
@@ -222,7 +239,8 @@ class Studio:
 
     def recover_selected(self, event: gr.EventData) -> tuple[Any, ...]:
         """Show a run of this visit's list again. Outputs as `recover`."""
-        return self.recover(str(event._data["run"]))
+        chosen = event._data if isinstance(event._data, dict) else {}
+        return self.recover(str(chosen.get("run")))
 
     def offer_recovery(self, last_run: str | None) -> Any:
         """Outputs: the button, seen when the run that this browser remembers can still be fetched. Inputs: that run's id."""
@@ -262,7 +280,7 @@ class Studio:
         untouched = [gr.skip()] * 3
         if files and is_settings(files):
             try:
-                request = read_settings(Path(files[0]).read_text(encoding="utf-8", errors="replace"))
+                request = self.session.read_settings(files[0])
                 model = self.session.models.get(request.model)
                 found = settings_controls(request)
                 strip = prompt_value(request.prompt, self._seen(request.prompt, model.name))
@@ -294,9 +312,9 @@ class Studio:
         return [] if prompt is None else self.session.prompt_preview(prompt, model)
 
     def api_generate(
-        self, scene: str | None, prompt: list[str] | None = None, num_frames: float = 16, ar_step: str = "5",
-        num_inference_steps: float = 50, guidance_scale: float = 2.0, seed: float = 0, prompt_start: float = 0,
-        prompt_stride: float = 1, prompt_count: float = 4, model: str = "",
+        self, scene: str | None, prompt: list[str] | None = None, num_frames: float = LENGTH, ar_step: str = str(GAP),
+        num_inference_steps: float = STEPS, guidance_scale: float = GUIDANCE.default, seed: float = 0, prompt_start: float = 0,
+        prompt_stride: float = 1, prompt_count: float = PROMPT_FRAMES, model: str = "",
     ) -> tuple[str, dict[str, Any]]:  # fmt: skip
         """Generate a video and return its MP4 and the settings that give the same frames again.
 
@@ -314,9 +332,9 @@ class Studio:
         return str(last.video), last.settings
 
     def api_stream(
-        self, scene: str | None, prompt: list[str] | None = None, num_frames: float = 16, ar_step: str = "5",
-        num_inference_steps: float = 50, guidance_scale: float = 2.0, seed: float = 0, prompt_start: float = 0,
-        prompt_stride: float = 1, prompt_count: float = 4, model: str = "",
+        self, scene: str | None, prompt: list[str] | None = None, num_frames: float = LENGTH, ar_step: str = str(GAP),
+        num_inference_steps: float = STEPS, guidance_scale: float = GUIDANCE.default, seed: float = 0, prompt_start: float = 0,
+        prompt_stride: float = 1, prompt_count: float = PROMPT_FRAMES, model: str = "",
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """Give the events of a run as they come: Queued, FrameReady, Preview, Progress, then Finished or Failed.
 
@@ -347,9 +365,24 @@ class Studio:
                 guidance_scale=guidance_scale,
                 seed=whole(seed),
             )
-            yield from self.session.run(request)
+            yield from self.session.run(request, visitor())
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
+
+
+def visitor() -> str:
+    """What tells the visitor of this call from others: the name of who signed in, else the address.
+
+    On a Space every connection comes from the Hub's proxy, which names the visitor's address in a header.
+    """
+    request = LocalContext.request.get(None)
+    if request is None:
+        return ""
+    if getattr(request, "username", None):
+        return f"name {request.username}"
+    headers = getattr(request, "headers", {})
+    forwarded = headers.get("x-forwarded-for", "").split(",")[0].strip() if "SPACE_ID" in os.environ else ""
+    return forwarded or getattr(getattr(request, "client", None), "host", "") or ""
 
 
 def is_settings(files: list[str]) -> bool:
@@ -361,10 +394,11 @@ def scene_choices(model: LoadedModel) -> list[str]:
     return [*model.scenes, NO_SCENE]
 
 
-def list_examples(model: LoadedModel) -> tuple[list[list[Any]], list[str]]:
+def list_examples(model: LoadedModel, limits: Limits) -> tuple[list[list[Any]], list[str]]:
     """Rows that fill every control (in the order of build_demo's `filled`) and their labels."""
-    length, steps, guidance = int(LIMITS.length.default), int(LIMITS.steps.default), LIMITS.guidance.default
-    trim = [0, 1, int(LIMITS.prompt_frames.default)]
+    usual = controls(limits)
+    length, steps, guidance = int(usual.length.default), int(usual.steps.default), GUIDANCE.default
+    trim = [0, 1, int(usual.prompt_frames.default)]
     rows, labels = [], []
     for index, scene in enumerate(scene_choices(model)[:3]):
         gap = (5, 10, 0)[index]
@@ -372,7 +406,7 @@ def list_examples(model: LoadedModel) -> tuple[list[list[Any]], list[str]]:
         labels.append(f"{scene.capitalize()}, gap {gap}")
     for path in sorted(EXAMPLES.glob("*.mp4")) + sorted(EXAMPLES.glob("*.png")):
         scene = next((name for name in model.scenes if name in path.stem), NO_SCENE)
-        gap = LIMITS.gap_default
+        gap = GAP
         rows.append([model.name, scene, [str(path)], *trim, length, "even", gap, steps, guidance, 1, True, 1])
         labels.append(f"Continue {'a clip' if path.suffix == '.mp4' else 'a picture'}: {path.stem}")
     return rows, labels
@@ -390,8 +424,20 @@ def drawn_html(name: str, mount: str, value: Any = None, **options: Any) -> gr.H
     )  # fmt: skip
 
 
+def as_sent(control: Component) -> Any:
+    """A control whose values reach us as they were sent: what is wrong with them is said by the request that is made of
+    them, where gradio would round them or break off.
+    """
+    control.preprocess = lambda value: value
+    return control
+
+
+def number(value: float, **options: Any) -> gr.Number:
+    return as_sent(gr.Number(value, precision=0, **options))
+
+
 def slider(name: str, low: float, high: float, value: float, label: str, step: float = 1, **options: Any) -> gr.Slider:
-    return gr.Slider(low, high, value, step=step, label=label, elem_id=f"ar-{name}", **options)
+    return as_sent(gr.Slider(low, high, value, step=step, label=label, elem_id=f"ar-{name}", **options))
 
 
 def header(session: Session, model: LoadedModel) -> str:
@@ -406,10 +452,11 @@ def header(session: Session, model: LoadedModel) -> str:
 
 def build_demo(session: Session) -> gr.Blocks:
     """The page around `session`. Launch it with `launch_arguments`, which carry its theme, style and script."""
-    studio, limits, first = Studio(session), LIMITS, session.first
+    studio, limits, first = Studio(session), session.limits, session.first
+    between = studio.controls
     about, plan_first = studio.about(first)
-    steps_end = int(limits.steps.default)
-    with gr.Blocks(title=TEXT["title"], analytics_enabled=False, delete_cache=(600, 3600)) as demo:
+    steps_end = int(between.steps.default)
+    with gr.Blocks(title=TEXT["title"], analytics_enabled=False, delete_cache=cache_times(limits)) as demo:
         run_id, prompt, remembered = gr.State(""), gr.State(None), gr.BrowserState("", storage_key="ardiff-last-run")
         head = gr.HTML(about, apply_default_css=False)
         with gr.Row(elem_id="ar-body"):
@@ -432,31 +479,33 @@ def build_demo(session: Session) -> gr.Blocks:
                 )
                 strip = drawn_html("prompt", "mountPrompt", NO_PROMPT)
                 with gr.Row(visible=False, elem_id="ar-trim") as trim:
-                    start = gr.Number(0, label=TEXT["trim_start"], precision=0, minimum=0, min_width=60)
-                    stride = gr.Number(1, label=TEXT["trim_stride"], precision=0, minimum=1, min_width=60)
-                    count = gr.Number(
-                        limits.prompt_frames.default, label=TEXT["trim_count"], precision=0, minimum=1,
-                        maximum=limits.prompt_frames.high, min_width=60,
+                    start = number(0, label=TEXT["trim_start"], minimum=0, min_width=60)
+                    stride = number(1, label=TEXT["trim_stride"], minimum=1, min_width=60)
+                    count = number(
+                        between.prompt_frames.default, label=TEXT["trim_count"], minimum=1,
+                        maximum=between.prompt_frames.high, min_width=60,
                     )  # fmt: skip
-                length = slider("length", limits.length.low, limits.length.high, limits.length.default, TEXT["length"])
+                length = slider("length", *vars(between.length).values(), TEXT["length"])
                 profile = gr.Dropdown(
                     [(TEXT[f"profile_{name}"], name) for name in (*PROFILES, "drawn")], value="even", label=TEXT["profile"],
                     filterable=False, elem_id="ar-profile",
                 )  # fmt: skip
-                gap = slider("gap", 0, steps_end, limits.gap_default, TEXT["gap"])
+                gap = slider("gap", 0, steps_end, min(GAP, steps_end), TEXT["gap"])
                 chunk = slider("chunk", 1, 16, 4, TEXT["chunk"], visible=False)
                 with gr.Row(elem_classes="ar-presets"):
                     presets = [gr.Button(preset.name, size="sm") for preset in GAP_PRESETS]
                 plan = drawn_html("plan", "mountPlan", plan_first)
                 with gr.Accordion(TEXT["more"], open=False, elem_id="ar-more"):
-                    steps = slider("steps", limits.steps.low, limits.steps.high, steps_end, TEXT["steps"])
+                    steps = slider("steps", *vars(between.steps).values(), TEXT["steps"])
                     guidance = slider(
-                        "guidance", limits.guidance.low, limits.guidance.high, limits.guidance.default,
-                        TEXT["guidance"], 0.1, info=TEXT["guidance_info"],
+                        "guidance", *vars(GUIDANCE).values(), TEXT["guidance"], 0.1, info=TEXT["guidance_info"]
+                    )
+                    samples = slider(
+                        "samples", *vars(between.samples).values(), TEXT["samples"], info=TEXT["samples_info"],
+                        visible=between.samples.high > 1,
                     )  # fmt: skip
-                    samples = slider("samples", 1, MAX_ROWS, 1, TEXT["samples"], info=TEXT["samples_info"])
                 with gr.Row(elem_id="ar-seed-row"):
-                    seed = gr.Number(1, label=TEXT["seed"], precision=0, minimum=0, elem_id="ar-seed", min_width=100)
+                    seed = number(1, label=TEXT["seed"], minimum=0, elem_id="ar-seed", min_width=100)
                     dice = gr.Button(TEXT["dice"], size="sm", elem_id="ar-dice", min_width=64)
                     keep = gr.Checkbox(False, label=TEXT["keep"], elem_id="ar-keep", min_width=80)
                 # What the page's script writes and every callback reads: which prompt frames, and the drawn gaps.
@@ -478,7 +527,7 @@ def build_demo(session: Session) -> gr.Blocks:
                 with gr.Accordion(TEXT["share"], open=False, elem_id="ar-sharing"):
                     drawn_html("share", "mountShare")
                 filled = [model, scene, files, start, stride, count, length, profile, gap, steps, guidance, seed, keep]
-                rows, labels = list_examples(first)
+                rows, labels = list_examples(first, limits)
                 examples = gr.Examples(
                     rows, [*filled, samples], example_labels=labels, label=TEXT["examples"], elem_id="ar-examples"
                 )
@@ -511,7 +560,7 @@ def build_demo(session: Session) -> gr.Blocks:
         for button, mode in ((go, "new"), (again, "row"), (go_on, "continue")):
             button.click(
                 partial(studio.generate, mode), [files, prompt, run_id, keep, samples, *controls], running,
-                api_visibility="private", show_progress="hidden", concurrency_limit=LIMITS.waiting_visitors,
+                api_visibility="private", show_progress="hidden", concurrency_limit=limits.queue,
             )  # fmt: skip
             button.click(None, None, None, js=WATCH_JS, **quiet)
         run_id.change(lambda run_id: run_id, run_id, remembered, **quiet)
@@ -538,16 +587,22 @@ def build_endpoints(studio: Studio, *shared: Any) -> None:
     with gr.Column(visible=False):
         scene = gr.Textbox(scene_choices(studio.session.first)[0], label="scene")
         gaps = gr.Textbox("5", label="ar_step")
-        start, stride, count = (gr.Number(value, precision=0) for value in (0, 1, LIMITS.prompt_frames.default))
+        trim = 0, 1, studio.controls.prompt_frames.default
+        start, stride, count = (number(value) for value in trim)
         model = gr.Textbox("", label="model")
         inputs = [scene, files, length, gaps, steps, guidance, seed, start, stride, count, model]
-        limit = {"concurrency_limit": LIMITS.waiting_visitors}
+        limit = {"concurrency_limit": studio.session.limits.queue}
         outputs = [gr.File(label="video"), gr.JSON(label="settings")]
         gr.Button().click(studio.api_generate, inputs, outputs, api_name="generate", **limit)
         gr.Button().click(studio.api_stream, inputs, gr.JSON(label="event"), api_name="stream", **limit)
 
 
-def launch_arguments() -> dict[str, Any]:
+def cache_times(limits: Limits) -> tuple[int, int]:
+    """How often gradio looks for old files of its own, and how old they are, in seconds."""
+    return int(min(limits.keep_seconds, 600)), int(limits.keep_seconds)
+
+
+def launch_arguments(session: Session) -> dict[str, Any]:
     """What `gr.Blocks.launch` needs for this page, whoever launches it."""
     script = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in SCRIPTS)
     # Fonts that gradio serves itself: nothing is asked of another machine. Colours live in studio.css.
@@ -556,7 +611,9 @@ def launch_arguments() -> dict[str, Any]:
         "theme": gr.themes.Base(font=font, font_mono=["ui-monospace", "monospace"]),
         "css": (STATIC / "studio.css").read_text(encoding="utf-8"),
         "head": f"<script>{script}</script>",
-        "max_file_size": LIMITS.upload_bytes,
+        "max_file_size": session.limits.upload_bytes,
+        "state_session_capacity": SESSIONS,
+        "app_kwargs": {"middleware": [(Guard, (), {"session": session})]},
         "run_history": False,
         "ssr_mode": False,
         "footer_links": ["api", "settings"],
@@ -564,34 +621,63 @@ def launch_arguments() -> dict[str, Any]:
     }
 
 
-def mounted(session: Session) -> Any:
+def build_served(session: Session) -> gr.Blocks:
+    """The page with its queue, and gradio's own files where the session's disk budget sees them."""
+    # Where gradio keeps uploads and copies, for as long as it lives.
+    os.environ["GRADIO_TEMP_DIR"] = str(session.uploads)
+    demo = build_demo(session).queue(max_size=session.limits.queue)
+    session.keep_page_files()
+    return demo
+
+
+def mounted(session: Session, accounts: Sequence[tuple[str, str]] | None = None) -> Any:
     """The page around `session` as an ASGI application, for another server than gradio's own."""
-    demo = build_demo(session).queue(max_size=LIMITS.waiting_visitors)
-    return gr.mount_gradio_app(gr.routes.FastAPI(openapi_url=None), demo, "/", **launch_arguments())
+    demo, arguments = build_served(session), launch_arguments(session)
+    demo.state_session_capacity = arguments.pop("state_session_capacity")
+    auth = None if accounts is None else list(accounts)
+    return gr.mount_gradio_app(gr.routes.FastAPI(openapi_url=None), demo, "/", auth=auth, **arguments)
 
 
 def launch(
     *,
     models: Sequence[str | Path] | None = None,
     device: str = "auto",
+    dtype: str = "float32",
+    offload: bool = False,
     host: str = "127.0.0.1",
     port: int | None = 7860,
+    limits: Limits | None = None,
+    accounts: str | None = None,
+    json_log: bool = False,
     prevent_thread_lock: bool = False,
     **options: Any,
 ) -> tuple[gr.Blocks, Session]:
     """Load the first model, build the page and serve it; returns when the server ends, or at once without thread lock.
 
     Args:
-        models: what the menu offers: folders, Hub ids or names of bundled models. None: all bundled models.
+        models: what the menu offers: folders, Hub ids or names of bundled models. None: the bundled models.
         device: "auto" (cuda, else mps, else cpu) or a torch device.
+        dtype: number format of the models, a name of torch's.
+        offload: models come to the device when they are needed, as `load_pipeline` says.
         host: address to serve on; "0.0.0.0" for every visitor of the network.
         port: port to serve on; None for a free one from 7860.
+        limits: what visitors may do; None reads them from the environment, as serving/limits.py says.
+        accounts: lines of `user:password`, for who may sign in. None: everyone.
+        json_log: write the log as JSON lines without personal data.
         options: further arguments of `gr.Blocks.launch`.
     """
-    names = [str(model) for model in models or bundled_models()]
-    session = Session({name: partial(load_pipeline, name, device=device) for name in names})
-    demo = build_demo(session).queue(max_size=LIMITS.waiting_visitors)
-    arguments = {**launch_arguments(), "server_name": host, "server_port": port, **options}
+    limits = read_limits() if limits is None else limits
+    models = choose_models(models, limits)
+    auth = {} if accounts is None else {"auth": read_accounts(accounts)}
+    if json_log:
+        log_as_json()
+    load = partial(load_pipeline, device=device, dtype=getattr(torch, dtype), offload=offload)
+    session = Session({name: partial(load, model) for name, model in models.items()}, limits=limits)
+    if on_zero_gpu():
+        for name in list(models)[:LOADED_MODELS]:  # they must be there when a process is forked for the GPU
+            session.models.get(name)
+    demo = build_served(session)
+    arguments = {**launch_arguments(session), "server_name": host, "server_port": port, **auth, **options}
     demo.launch(prevent_thread_lock=prevent_thread_lock, **arguments)
     if not prevent_thread_lock:
         session.close()

@@ -27,17 +27,14 @@ from ardiff.demo.presets import (
     Queued,
     data_url,
     is_video,
+    shown,
+    span,
 )
 from ardiff.schedulers.ad_schedule import profile_gaps
 
 
-MAX_ROWS = 4
-"""Runs that the stage shows beside each other, at most."""
-
-
-def span(seconds: float) -> str:
-    """A time for a person: `0.4 s`, `24 s`, `2.5 min`."""
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+LONGEST_LIST = 4096
+"""Numbers in a list that the page or a script sends, at most: no plan has more gaps."""
 
 
 def plain(error: ValueError) -> str:
@@ -142,6 +139,8 @@ class RunView:
             frames = "one finished frame is" if event.num_frames == 1 else f"{event.num_frames} finished frames are"
             self.title = "Stopped"
             self.message = f"The {frames} kept." if event.video else "Stopped before a frame was finished."
+            if event.limit is not None:
+                self.message = f"A run may take {span(event.limit)} here. {self.message}"
 
     @property
     def value(self) -> dict[str, Any]:
@@ -214,10 +213,10 @@ def json_list(name: str, text: str) -> list[int]:
     """A list of whole numbers that the page's script wrote; "" is none."""
     try:
         values = json.loads(text or "[]")
-    except json.JSONDecodeError:
+    except (ValueError, TypeError, RecursionError):
         values = None
-    if not isinstance(values, list) or not all(type(value) is int for value in values) or len(values) > 1000:
-        raise ValueError(f"`{name}` must be a JSON list of whole numbers, got {str(text)[:60]!r}.")
+    if not isinstance(values, list) or not all(type(value) is int for value in values) or len(values) > LONGEST_LIST:
+        raise ValueError(f"`{name}` must be a JSON list of whole numbers, got {shown(text)}.")
     return values
 
 

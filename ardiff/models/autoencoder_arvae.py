@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
@@ -216,6 +217,7 @@ class AutoencoderARVAE(ModelMixin, ConfigMixin):
             tokens = block(tokens)
         return self.encoder_norm(tokens).unflatten(0, frames.shape[:2])
 
+    @apply_forward_hook
     def encode(self, frames: torch.Tensor) -> TokenDistribution:
         """Distribution of the tokens of every frame (B, F, L, C), each frame alone; `frames` as in `features`."""
         mean, logvar = self.to_moments(self.features(frames)).float().to(frames.dtype).chunk(2, dim=-1)
@@ -223,6 +225,7 @@ class AutoencoderARVAE(ModelMixin, ConfigMixin):
         logvar = logvar.clamp(-12.0, 4.0) - 2.0 * torch.as_tensor(scale).log()
         return TokenDistribution((mean - shift) / scale, logvar)
 
+    @apply_forward_hook
     def decode(self, latents: torch.Tensor, cache: DecoderCache | None = None) -> torch.Tensor:
         """Frames (B, F, 3, S, S), pixels about [-1, 1] (not clamped), each from its own and earlier tokens.
 

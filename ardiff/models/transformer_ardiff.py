@@ -198,14 +198,14 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         """The class label of "no class", trained by dropping the label."""
         return len(self.config.class_names)
 
-    def new_cache(self, batch_size: int) -> FrameKVCache:
-        """An empty cache on the model's device, for `batch_size` sequences (count both guidance halves)."""
+    def new_cache(self, batch_size: int, device: torch.device | None = None) -> FrameKVCache:
+        """An empty cache for `batch_size` sequences (count both guidance halves); `device` None is where the weights are."""
         config = self.config
         if not config.causal:
             raise ValueError("`causal` must be True for a cache: here later frames change the keys of earlier ones.")
         return FrameKVCache(
             config.depth, batch_size, config.num_heads, config.num_tokens, self.head_dim, config.window,
-            device=self.device, dtype=self.dtype,
+            device=device or self.device, dtype=self.dtype,
         )  # fmt: skip
 
     @apply_forward_hook

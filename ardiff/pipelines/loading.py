@@ -48,7 +48,18 @@ def find_model(name: str | None = None) -> str | Path:
 
 
 def load_pipeline(
-    model: str | None = None, *, device: str = "auto", dtype: torch.dtype = torch.float32
+    model: str | None = None, *, device: str = "auto", dtype: torch.dtype = torch.float32, offload: bool = False
 ) -> ARDiffPipeline:
-    """Load a folder, Hub id or bundled model's name and put it on a device. Raises ValueError or OSError with one sentence."""
-    return ARDiffPipeline.from_pretrained(find_model(model), dtype=dtype).to(choose_device(device))
+    """Load a folder, Hub id or bundled model's name and put it on a device. Raises ValueError or OSError with one sentence.
+
+    `offload`: the models stay in main memory until they are needed, and the autoencoder returns there while the network
+    works (accelerate's hooks): less memory on the device, slower. Needs an accelerator.
+    """
+    device = choose_device(device)
+    if offload and torch.device(device).type == "cpu":
+        raise ValueError("`offload` needs an accelerator: on cpu the models are in main memory anyway.")
+    pipeline = ARDiffPipeline.from_pretrained(find_model(model), dtype=dtype)
+    if not offload:
+        return pipeline.to(device)
+    pipeline.enable_model_cpu_offload(device=device)
+    return pipeline

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from diffusers.utils.logging import disable_progress_bar
 
-from ardiff.demo.models import ModelMenu
+from ardiff.demo.models import ModelMenu, choose_models
 from ardiff.demo.session import STOP_SECONDS, TICK, PreviewPace, Session
-from ardiff.pipelines.loading import bundled_models, load_pipeline
+from ardiff.pipelines.loading import load_pipeline
+from ardiff.serving.limits import read_accounts, read_limits
 from ardiff.serving.remote import RemotePipeline, ReplicaLost, load_near_half, pack_step, unpack_arguments
 
 
@@ -51,6 +52,8 @@ class Cluster:
         min_replicas: models that are kept while nobody asks for one.
         cpus: CPU cores and threads of a replica; 0 = an equal share of all that the cluster has, 1 beside a GPU.
         device: "auto" (cuda where the cluster has a GPU, else cpu) or a torch device.
+        dtype: number format of the models, a name of torch's.
+        accounts: lines of `user:password`, for who may sign in; None: everyone.
         address: of a Ray cluster to join, "auto" for the one of this machine; None starts one on this machine alone.
         grace: seconds that runs may still take after the request to stop.
     """
@@ -60,6 +63,8 @@ class Cluster:
     min_replicas: int = 1
     cpus: int = 0
     device: str = "auto"
+    dtype: str = "float32"
+    accounts: str | None = None
     host: str = "127.0.0.1"
     port: int = 7860
     address: str | None = None
@@ -79,11 +84,11 @@ class Cluster:
 class Model:
     """One replica: the models of the menu, as many as fit loaded, and one run at a time on the thread that owns them."""
 
-    def __init__(self, names: Sequence[str], device: str, threads: int) -> None:
+    def __init__(self, names: Sequence[str], device: str, dtype: str, threads: int) -> None:
         disable_progress_bar()
         # One thread for all of torch: loading, stepping and closing.
         self._thread = ThreadPoolExecutor(1, "ardiff-model", torch.set_num_threads, (threads,))
-        sources = {name: partial(load_pipeline, name, device=device) for name in names}
+        sources = {name: partial(load_pipeline, name, device=device, dtype=getattr(torch, dtype)) for name in names}
         self._menu = ModelMenu(sources, on_load=lambda model: None)
         self._thread.submit(self._menu.get).result()
 
@@ -101,7 +106,7 @@ class Model:
         model = self._menu.get(name)
         arguments = unpack_arguments(arguments)
         stream = model.pipeline.stream(**arguments)
-        pace, started, ticked = PreviewPace(model.cost), time.monotonic(), float("-inf")
+        pace, started, ticked = PreviewPace(model.cost.preview), time.monotonic(), float("-inf")
         try:
             for step in stream:
                 guesses, now = (), time.monotonic()
@@ -109,6 +114,7 @@ class Model:
                     guesses, ticked = pace.decode(step, arguments["num_inference_steps"], now - started), now
                 yield pack_step(step, guesses)
         finally:
+            model.cost.preview = pace.each
             stream.close()
 
 
@@ -117,21 +123,30 @@ class Page:
 
     Args:
         model: handle of the `Model` deployment.
-        names: the models of the menu.
+        menu: the models by name, and what each name stands for on the replicas.
         workers: runs at a time.
         device: what the page says of where the models run.
+        accounts: who may sign in; None: everyone.
     """
 
-    def __init__(self, model: Any, names: Sequence[str], workers: int, device: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        menu: Mapping[str, str],
+        workers: int,
+        device: str,
+        accounts: Sequence[tuple[str, str]] | None,
+    ) -> None:
         disable_progress_bar()
         steps = partial(remote_steps, model.options(method_name="steps", stream=True))
-        sources = {name: partial(RemotePipeline, name, steps, device) for name in names}
-        self.session = Session(sources, workers=workers)
+        sources = {name: partial(RemotePipeline, source, steps, device) for name, source in menu.items()}
+        self.accounts = accounts
+        self.session = Session(sources, workers=workers, limits=read_limits())
 
     def __serve_build_asgi_app__(self) -> Any:
         from ardiff.demo.ui import mounted
 
-        return mounted(self.session)
+        return mounted(self.session, self.accounts)
 
     async def drain(self, seconds: float) -> bool:
         """As `Session.drain`; the page goes on answering meanwhile."""
@@ -197,8 +212,9 @@ def build(cluster: Cluster, resources: Mapping[str, float]) -> Any:
         graceful_shutdown_timeout_s=STOP_SECONDS,
     )
     words = f"{replicas} replica{'s' if replicas > 1 else ''} on {device}"
-    names = cluster.models or bundled_models()
-    return page.bind(model.bind(names, device, cpus), names, replicas, words)
+    menu = choose_models(cluster.models, read_limits())
+    accounts = None if cluster.accounts is None else read_accounts(cluster.accounts)
+    return page.bind(model.bind(list(menu.values()), device, cluster.dtype, cpus), menu, replicas, words, accounts)
 
 
 def serve_studio(cluster: Cluster, say: Callable[[str], Any]) -> None:

@@ -2,8 +2,9 @@
 
 Where they come from, the later ones over the earlier:
 
-1. a preset: `laptop` for whoever runs the studio alone, `space` for a page that strangers open. Without a word it is
-   `space` where SPACE_ID is set, as the Hub sets it, and `laptop` elsewhere; ARDIFF_LIMITS=space chooses.
+1. a preset: `laptop` for whoever runs the studio alone, `space` for a page that strangers open, `space-cpu` for such a
+   page without an accelerator. Without a word it is one of the latter two where SPACE_ID is set, as the Hub sets it
+   (ACCELERATOR, too), and `laptop` elsewhere; ARDIFF_LIMITS=space chooses.
 2. a TOML file, where ARDIFF_LIMITS is its path: the keys are the fields of `Limits`, and `preset` is what it starts from.
 
        preset = "space"
@@ -109,6 +110,7 @@ class Limits:
 
 PRESETS = {
     "space": Limits(),
+    "space-cpu": Limits(frames=32, steps=60, samples=2, queue=10, run_seconds=60.0),
     "laptop": Limits(
         frames=512,
         steps=250,
@@ -126,7 +128,10 @@ PRESETS = {
 
 def read_limits(environ: Mapping[str, str] = os.environ) -> Limits:
     """The limits that the environment asks for; see the module's text. Raises ValueError with one sentence."""
-    source = environ.get("ARDIFF_LIMITS") or ("space" if "SPACE_ID" in environ else "laptop")
+    here = "laptop"
+    if "SPACE_ID" in environ:
+        here = "space-cpu" if environ.get("ACCELERATOR") == "none" else "space"
+    source = environ.get("ARDIFF_LIMITS") or here
     limits = PRESETS[source] if source in PRESETS else _read_file(Path(source))
     given = {}
     for name, text in environ.items():
@@ -176,3 +181,11 @@ def _parse(field: dataclasses.Field, text: str, name: str) -> Any:
         return (int if field.type == "int" else float)(text)
     except ValueError as error:
         raise ValueError(f"{name} must be {_kind(field)} but is {text!r}.") from error
+
+
+def read_accounts(text: str) -> list[tuple[str, str]]:
+    """Who may sign in, from lines of `user:password`. Raises ValueError with one sentence that has no password in it."""
+    accounts = [tuple(line.strip().split(":", 1)) for line in text.splitlines() if line.strip()]
+    if not accounts or not all(len(account) == 2 and all(account) for account in accounts):
+        raise ValueError("Accounts must be lines of user:password, at least one; there is another line or none.")
+    return accounts

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -157,3 +157,11 @@ class JsonFormatter(logging.Formatter):
             line["exception"] = kind.__name__
             line["raised"] = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(trace)][-8:]
         return json.dumps(line)
+
+
+def log_as_json(stream: TextIO | None = None) -> None:
+    """Write every log line of this process as JSON, to standard error unless told: ours from INFO on, others' warnings."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("ardiff").setLevel(logging.INFO)

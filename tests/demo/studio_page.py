@@ -45,7 +45,9 @@ def serve(pipeline, **others) -> Iterator[SimpleNamespace]:
     session = Session({"tiny": lambda: pipeline, **{name: lambda p=p: p for name, p in others.items()}}, warm_up=False)
     demo = build_demo(session).queue(max_size=20)
     port = free_port()
-    demo.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **launch_arguments())
+    demo.launch(
+        server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **launch_arguments(session)
+    )
     try:
         site.url, site.session = f"http://127.0.0.1:{port}/", session
         yield site

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ardiff.demo
+from ardiff.demo.models import LoadedModel
 from ardiff.schedulers.ad_schedule import ad_schedule, check_window, plan_counts, profile_gaps, smallest_gap
 
 
@@ -87,6 +88,20 @@ def test_the_sentence_in_words(page):
     )
     assert "one frame in flight" in page.evaluate(SENTENCE, [16, 50, 50, 0])["text"]
     assert not page.evaluate(SENTENCE, [4, 50, 5, 4])["ok"]
+
+
+def test_memory(page, tiny_pipeline):
+    script = """([grid, guided, model]) => grid.map((settings) =>
+        window.ardiffStudio.runMemory(window.ardiffStudio.makePlan(...settings), guided, model))"""
+    model = LoadedModel("tiny", tiny_pipeline)
+    for guided in (False, True):
+        found = page.evaluate(script, [GRID, guided, model.facts()])
+        for settings, needed in zip(GRID, found, strict=True):
+            assert needed == model.run_memory(schedule(*settings).numpy(), settings[3], guided), settings
+    words = page.evaluate(
+        SENTENCE.replace("frame: 0.001", "frame: 0.001, memory: { cache: 2e9, frame: 0, decoded: 0 }"), [16, 50, 5, 0]
+    )
+    assert words["text"].endswith("in flight, about 3.7 GB of memory, about 14 s.")
 
 
 def test_profiles(page):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ardiff.data.video import write_video
 from ardiff.demo.presets import Finished, FrameReady, GenerationRequest, Prompt, read_settings
-from ardiff.demo.session import EXPORTS, KEEP_RUNS, Session
+from ardiff.demo.session import EXPORTS, Session
 
 
 SMALL = {"num_frames": 6, "num_inference_steps": 6, "ar_step": 2}
@@ -119,7 +119,8 @@ def test_finished_frames_are_there_when_the_visitor_has_left(session):
         session.recover(run_id)
 
 
-def test_a_thousand_runs_leave_a_bounded_disk(session):
+def test_a_thousand_runs_leave_a_bounded_disk(session, monkeypatch):
+    monkeypatch.setattr(session, "limits", replace(session.limits, disk_megabytes=1, upload_megabytes=1))
     last, _ = finish(session, GenerationRequest(**SMALL))
     for index in range(1000):
         folder = session.folder / f"{index:032x}"
@@ -130,7 +131,9 @@ def test_a_thousand_runs_leave_a_bounded_disk(session):
             session.sweep()
     finish(session, GenerationRequest(**SMALL))
     kept = {folder.name for folder in session.folder.iterdir()}
-    assert len(kept) == KEEP_RUNS + 1
+    taken = sum(max(path.stat().st_size, 4096) for path in session.folder.rglob("*.*"))
+    assert 2**20 * 0.9 < taken < 2**20 * 1.2
+    assert 200 < len(kept) < 257
     assert last.run_id in kept
     assert f"{999:032x}" in kept
     assert f"{0:032x}" not in kept
@@ -208,3 +211,21 @@ def test_a_video_is_trimmed_and_its_crop_is_shown(session, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             session.read_prompt([tmp_path / "clip.mp4"], **wrong)
+
+
+def test_uploads_share_the_disk_with_runs_and_the_page_keeps_its_own(session, monkeypatch):
+    monkeypatch.setattr(session, "limits", replace(session.limits, disk_megabytes=1, upload_megabytes=1))
+    (session.uploads / "example").mkdir()
+    (session.uploads / "example" / "balls.mp4").write_bytes(bytes(300_000))
+    session.keep_page_files()
+    for index in range(40):
+        folder = session.uploads / f"{index:02d}"
+        folder.mkdir()
+        (folder / "picture.png").write_bytes(bytes(100_000))
+        os.utime(folder / "picture.png", (time.time() - 1000 + index,) * 2)
+    session.sweep()
+    left = sorted(path.name for path in session.uploads.iterdir())
+    assert left == [*(f"{index:02d}" for index in range(30, 40)), "example"]
+    os.utime(session.uploads / "39" / "picture.png", (time.time() - 4000,) * 2)
+    session.sweep()
+    assert not (session.uploads / "39").exists()

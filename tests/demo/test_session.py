@@ -1,7 +1,10 @@
 """The studio without its page: one worker, many visitors, nothing lost and nothing mixed."""
 
+import json
 import time
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 
 import av
@@ -10,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ardiff import ARDiffPipeline, bundled_model
 from ardiff.data.video import write_video
 from ardiff.demo.presets import (
-    LIMITS,
     Event,
     Failed,
     Finished,
@@ -24,6 +27,8 @@ from ardiff.demo.presets import (
     Queued,
 )
 from ardiff.demo.session import Session
+from ardiff.demo.view import RunView
+from ardiff.serving.metrics import LOG_FIELDS, JsonFormatter
 
 
 SMALL = {"num_frames": 6, "num_inference_steps": 6, "ar_step": 2}
@@ -263,19 +268,110 @@ def test_out_of_memory_is_told_and_what_had_finished_is_kept(session, monkeypatc
     ("change", "words"),
     [
         ({"num_frames": 3}, "length"),
-        ({"num_frames": 5000}, "from 4 to 64, got 5000"),
+        ({"num_frames": 5000}, "from 4 to 4096, got 5000"),
         ({"num_inference_steps": 4}, "steps"),
         ({"ar_step": 7}, "from 0 to 6, got 7"),
         ({"ar_step": 2.5}, "got 2.5"),
         ({"guidance_scale": 9}, "guidance"),
         ({"seed": -1}, "seed"),
         ({"prompt": Prompt(np.zeros((6, 8, 8, 3), np.uint8), "x")}, "larger than the 6 prompt frames"),
-        ({"prompt": Prompt(np.zeros((9, 8, 8, 3), np.uint8), "x"), "num_frames": 20}, "at most 8"),
+        ({"scene": 3}, "scene"),
+        ({"seed": 10**5000}, "thousands of digits"),
+        ({"guidance_scale": float("nan")}, "guidance"),
+        ({"prompt": Prompt(np.zeros((65, 8, 8, 3), np.uint8), "x"), "num_frames": 80}, "at most 64"),
     ],
 )
 def test_requests_out_of_range_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         GenerationRequest(**{**SMALL, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_frames": 65}, "from 4 to 64, got 65"),
+        ({"num_inference_steps": 101}, "from 5 to 100, got 101"),
+        (
+            {"prompt": Prompt(np.zeros((9, 8, 8, 3), np.uint8), "x"), "num_frames": 20},
+            "at most 8 prompt frames, got 9",
+        ),
+    ],
+)
+def test_more_than_the_operator_allows_is_refused(session, change, words):
+    request = GenerationRequest(**{**SMALL, **change})
+    with pytest.raises(ValueError, match=words):
+        session.run(request)
+    assert "ardiff_runs_refused_total 1\n" in session.metrics.text()
+
+
+def test_a_run_ends_when_its_time_is_up_and_keeps_what_had_finished(slow, monkeypatch):
+    monkeypatch.setattr(slow, "limits", replace(slow.limits, run_seconds=1))
+    request = GenerationRequest(**{**SMALL, "num_inference_steps": 20, "ar_step": 20}, seed=5)
+    events = list(slow.run(request))
+    last = events[-1]
+    assert isinstance(last, Finished)
+    assert (last.stopped, last.limit) == (True, 1)
+    assert 0 < last.num_frames < 6
+    np.testing.assert_array_equal(frames_of(events), expected(slow, request)[: last.num_frames])
+    view = RunView(request, slow.first.facts())
+    view.absorb(last)
+    assert view.message.startswith("A run may take 1.0 s here. The ")
+    assert list(slow.run(GenerationRequest(**SMALL)))[-1].limit is None
+    text = slow.metrics.text()
+    assert 'ardiff_runs_ended_total{outcome="stopped"} 1\n' in text
+    assert 'ardiff_runs_ended_total{outcome="finished"} 1\n' in text
+
+
+def test_a_visitor_has_few_runs_at_the_same_time(slow):
+    runs = [slow.run(GenerationRequest(**SMALL), "one") for _ in range(slow.limits.runs_per_visitor)]
+    with pytest.raises(ValueError, match="Each visitor can have 2 runs at the same time"):
+        slow.run(GenerationRequest(**SMALL), "one")
+    runs += [slow.run(GenerationRequest(**SMALL), visitor) for visitor in ("two", "", "", "")]
+    assert isinstance(list(runs[0])[-1], Finished)
+    runs.append(slow.run(GenerationRequest(**SMALL), "one"))
+    for run in runs:
+        next(run, None)
+        run.close()
+
+
+def test_the_log_says_what_happened_and_not_to_whom(session, caplog):
+    with caplog.at_level("INFO", logger="ardiff"):
+        run_id = list(session.run(GenerationRequest(**SMALL, seed=12345), "ada@example.org"))[-1].run_id
+    line = json.loads(JsonFormatter().format(caplog.records[-1]))
+    seconds = line.pop("seconds")
+    assert 0 < seconds < 60
+    assert {name: line[name] for name in LOG_FIELDS if name in line} == {
+        "event": "run_ended", "run": run_id[:8], "outcome": "finished", "frames": 6, "steps": 6, "model": "tiny",
+    }  # fmt: skip
+    assert not [word for word in ("ada", "12345", run_id) if word in json.dumps(line)]
+
+
+def peak_bytes(run) -> int:
+    """The most that was allocated at the same time while `run()` ran."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    told = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return int(np.cumsum([event.nbytes() for event in sorted(told, key=lambda event: event.start_ns())]).max())
+
+
+def test_the_memory_of_a_run_is_estimated():
+    pipeline = ARDiffPipeline.from_pretrained(bundled_model(), dtype=torch.float32)
+    session = Session({"scenes": lambda: pipeline}, warm_up=False)
+    for num_frames, gap, guidance in ((16, 0, 1.0), (16, 0, 2.0), (6, 5, 2.0)):
+        request = GenerationRequest(
+            scene="clouds", num_frames=num_frames, num_inference_steps=5, ar_step=gap, guidance_scale=guidance
+        )
+        model, plan = session.first, session._plan(request).numpy()
+        estimate = model.run_memory(plan, 0, session._is_guided(request, model))
+        measured = peak_bytes(lambda request=request: deque(pipeline.stream(**session.arguments(request)), maxlen=1))
+        assert 0.5 < estimate / measured < 2, (num_frames, gap, guidance, estimate, measured)
+    session.close()
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_starts(session, monkeypatch):
+    monkeypatch.setattr(session, "free_memory", lambda model: (1000, 2**30))
+    with pytest.raises(ValueError, match="would take about 0.0 GB of memory and 0.0 GB are free; choose a larger gap"):
+        session.run(GenerationRequest(**SMALL))
 
 
 def test_runs_that_cannot_work_are_refused_at_once(session):
@@ -289,7 +385,7 @@ def test_runs_that_cannot_work_are_refused_at_once(session):
 def test_too_many_visitors_are_asked_to_wait(slow):
     runs = [slow.run(GenerationRequest(**SMALL))]
     wait_until(lambda: slow._running is not None)
-    runs += [slow.run(GenerationRequest(**SMALL)) for _ in range(LIMITS.waiting_visitors)]
+    runs += [slow.run(GenerationRequest(**SMALL)) for _ in range(slow.limits.queue)]
     with pytest.raises(ValueError, match="waiting already"):
         slow.run(GenerationRequest(**SMALL))
     for run in runs:

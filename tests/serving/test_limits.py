@@ -18,13 +18,16 @@ def numbers():
 def test_a_desk_and_a_space_get_their_own():
     assert read_limits({}) == PRESETS["laptop"]
     assert read_limits({"SPACE_ID": "me/ardiff"}) == PRESETS["space"]
+    assert read_limits({"SPACE_ID": "me/ardiff", "ACCELERATOR": "none"}) == PRESETS["space-cpu"]
+    assert read_limits({"SPACE_ID": "me/ardiff", "ACCELERATOR": "l4"}) == PRESETS["space"]
     assert read_limits({"ARDIFF_LIMITS": "space"}) == PRESETS["space"]
     assert read_limits({"ARDIFF_LIMITS": "laptop", "SPACE_ID": "me/ardiff"}) == PRESETS["laptop"]
 
 
 def test_strangers_get_no_more_than_an_owner():
     for field in numbers():
-        assert getattr(PRESETS["space"], field.name) <= getattr(PRESETS["laptop"], field.name), field.name
+        few, some, many = (getattr(PRESETS[name], field.name) for name in ("space-cpu", "space", "laptop"))
+        assert few <= some <= many, field.name
     assert PRESETS["laptop"].allows_model("any/model")
     assert not PRESETS["space"].allows_model("any/model")
 
@@ -80,7 +83,10 @@ def test_wrong_values_are_refused(values, named):
     ("environ", "named"),
     [
         ({"ARDIFF_LIMIT_FRAME": "3"}, "'frame'"),
-        ({"ARDIFF_LIMITS": "desk"}, "ARDIFF_LIMITS must be space, laptop or a TOML file that exists but is 'desk'"),
+        (
+            {"ARDIFF_LIMITS": "desk"},
+            "ARDIFF_LIMITS must be space, space-cpu, laptop or a TOML file that exists but is 'desk'",
+        ),
         ({"ARDIFF_LIMIT_MODELS": "a,,b"}, "models"),
     ],
 )

@@ -9,10 +9,10 @@ import pytest
 import torch
 from load import Figures, alone, measure, request, served, slope, summary
 
-from ardiff.demo.presets import LIMITS
+from ardiff.serving.limits import PRESETS
 
 
-VISITORS = LIMITS.waiting_visitors
+VISITORS = PRESETS["laptop"].queue
 
 
 def test_the_summary_sees_what_goes_wrong():

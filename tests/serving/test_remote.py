@@ -30,7 +30,7 @@ class Replica:
     """`Model` and its wire. `dies_after`: steps of the next runs, after which the replica is gone, run by run."""
 
     def __init__(self, folder: str) -> None:
-        self.model = Model([folder], "cpu", threads=torch.get_num_threads())
+        self.model = Model([folder], "cpu", "float32", threads=torch.get_num_threads())
         self.dies_after: list[int] = []
         self.asked = self.busy = 0
 

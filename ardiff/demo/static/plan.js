@@ -43,6 +43,23 @@ function planCounts(plan) {
   };
 }
 
+/* Bytes beside the weights, about: the mirror of LoadedModel.run_memory. */
+function runMemory(plan, guided, model) {
+  const same = (offset) => plan.offsets.filter((other) => other === offset).length;
+  const together = Math.max(...plan.offsets.map(same));
+  // Prompt frames are evaluated once, beside the frames that take the first step of all.
+  const evaluated = Math.max(planCounts(plan).maxInFlight, plan.prompts + same(0));
+  const { cache, frame, decoded } = model.memory;
+  const twice = guided ? 2 : 1;
+  return cache * twice + Math.max(
+    frame * (model.whole_window ? model.window : evaluated) * twice, decoded * Math.max(together, plan.prompts));
+}
+
+function memoryWords(bytes) {
+  const mega = bytes / 2 ** 20;
+  return "about " + (mega < 1000 ? Math.max(1, Math.round(mega)) + " MB" : (mega / 1024).toFixed(1) + " GB") + " of memory";
+}
+
 /* Gaps of a profile: the mirror of profile_gaps there. */
 function profileGaps(profile, gap, chunk, fresh, steps) {
   const count = Math.max(fresh - 1, 0);
@@ -83,7 +100,7 @@ function planSentence(plan, guided, model) {
   return {
     ok: true,
     text: counts.iterations + " model calls, first new frame after call " + counts.firstFrameIteration + ", " + flight +
-      ", " + duration(seconds) + (seconds > LONG_SECONDS ? " on this device: fewer steps or frames take less." : "."),
+      (model.memory ? ", " + memoryWords(runMemory(plan, guided, model)) : "") + ", " + duration(seconds) + (seconds > LONG_SECONDS ? " on this device: fewer steps or frames take less." : "."),
   };
 }
 
@@ -449,7 +466,7 @@ function mountPlan(element, props, watch) {
 }
 
 Object.assign(api, {
-  makePlan, stepIndex, smallestGap, planCounts, profileGaps, planProblem, planSentence, gapMeaning, noiseColour, context,
+  makePlan, stepIndex, smallestGap, planCounts, profileGaps, planProblem, runMemory, planSentence, gapMeaning, noiseColour, context,
   drawFrame, drawMap, themeColour, mapSvg, mapPng, setControls, setDrawn, mountPlan,
 });
 })();

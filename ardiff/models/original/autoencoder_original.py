@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ardiff.models.autoencoder_arvae import DecoderCache, TokenDistribution
@@ -293,6 +294,7 @@ class AutoencoderOriginal(ModelMixin, ConfigMixin):
         self.pixel_quantize_conv = nn.Conv2d(codebook_size, pixel_channels, 1)
         self.pixel_decoder = PixelDecoder(pixel_channels, base_channels, channel_multipliers, num_res_blocks)
 
+    @apply_forward_hook
     def encode(self, frames: torch.Tensor) -> SphericalTokenDistribution:
         """Distribution of the tokens of every frame (B, F, L, C), each frame alone; its `mode()` has unit length.
 
@@ -308,6 +310,7 @@ class AutoencoderOriginal(ModelMixin, ConfigMixin):
         mean, logvar = moments.squeeze(2).transpose(1, 2).unflatten(0, frames.shape[:2]).chunk(2, dim=-1)
         return SphericalTokenDistribution(mean, logvar.clamp(-30.0, 20.0))
 
+    @apply_forward_hook
     def decode(self, latents: torch.Tensor, cache: DecoderCache | None = None) -> torch.Tensor:
         """Frames (B, F, 3, S, S), pixels about [-1, 1] (not clamped); the length of a token has no effect.
 
