@@ -19,6 +19,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,11 @@ class Session:
         """Remove the files of runs that ended more than `max_age` seconds ago, and all but the `max_runs` latest."""
         with self._lock:
             live = set(self._live)
-        over = [(folder.stat().st_mtime, folder) for folder in self.folder.iterdir() if folder.name not in live]
+        over = []
+        for folder in self.folder.iterdir():
+            if folder.name not in live:
+                with suppress(FileNotFoundError):  # another visitor's sweep was first
+                    over.append((folder.stat().st_mtime, folder))
         over.sort(key=lambda entry: entry[0], reverse=True)
         for rank, (ended, folder) in enumerate(over):
             if rank >= max_runs or time.time() - ended > max_age:
