@@ -4,7 +4,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from load import Figures, alone, measure, request, served, slope, summary
@@ -50,7 +49,5 @@ def test_twenty_visitors_for_twenty_seconds(tiny_pipeline, tmp_path):
     assert told["runs_that_saw_a_place"] >= VISITORS - 1
     assert told["places_that_went_up"] == 0
     assert told["p95_ms"]["all"] < 300
-    threads = np.array([sample[2] for sample in figures.samples])
-    assert threads[len(threads) // 2 :].max() <= threads.max()
     assert told["threads"][2] < 100
     assert Path(tmp_path / "studio.log").stat().st_size < 1_000_000
