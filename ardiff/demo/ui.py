@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from abc import ABCMeta
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -424,20 +425,26 @@ def drawn_html(name: str, mount: str, value: Any = None, **options: Any) -> gr.H
     )  # fmt: skip
 
 
-def as_sent(control: Component) -> Any:
-    """A control whose values reach us as they were sent: what is wrong with them is said by the request that is made of
-    them, where gradio would round them or break off.
+def as_sent(kind: type[Component]) -> type[Component]:
+    """A kind of control whose values reach us as they were sent: what is wrong with them is said by the request that is made
+    of them, where gradio would round them or break off, at a slider's first end for one, whatever its end is by now.
+
+    It is the class that differs, as gradio makes a control anew where it is updated. The class is made past gradio's own
+    metaclass, which would write a stub file beside this one.
     """
-    control.preprocess = lambda value: value
-    return control
+    members = {"preprocess": lambda self, value: value, "is_template": True, "__module__": kind.__module__}
+    return ABCMeta.__new__(type(kind), kind.__name__, (kind,), members)
+
+
+Number, Slider = as_sent(gr.Number), as_sent(gr.Slider)
 
 
 def number(value: float, **options: Any) -> gr.Number:
-    return as_sent(gr.Number(value, precision=0, **options))
+    return Number(value, precision=0, **options)
 
 
 def slider(name: str, low: float, high: float, value: float, label: str, step: float = 1, **options: Any) -> gr.Slider:
-    return as_sent(gr.Slider(low, high, value, step=step, label=label, elem_id=f"ar-{name}", **options))
+    return Slider(low, high, value, step=step, label=label, elem_id=f"ar-{name}", **options)
 
 
 def header(session: Session, model: LoadedModel) -> str:

@@ -52,7 +52,8 @@ class FrameKVCache:
         """Make sure of room for a call with so many frames."""
         num_slots = self.window - 1 + num_frames
         if num_slots > self.storage.shape[4]:
-            held = self.storage[..., : self.num_held, :, :]
+            # Only what is held lives twice for a moment, and before the first call that is nothing.
+            held = self.storage = self.storage[..., : self.num_held, :, :].clone()
             self.storage = held.new_empty((*held.shape[:4], num_slots, *held.shape[5:]))
             self.storage[..., : self.num_held, :, :] = held
 

@@ -312,7 +312,7 @@ class ARDiffPipeline(DiffusionPipeline):
         cache = None
         if use_cache is not False:
             guided = self.is_guided(guidance_scale, inputs.labels is not None)
-            cache = self.transformer.new_cache(inputs.batch_size * (1 + guided))
+            cache = self.transformer.new_cache(inputs.batch_size * (1 + guided), self._execution_device)
         network = self._network(inputs, guidance_scale)
         window = self.transformer.config.window
         return denoise(network, start_latents, inputs.schedule, inputs.scheduler, cache, window=window)

@@ -90,7 +90,7 @@ class RemotePipeline:
         self, name: str, open_steps: Callable[[str, dict[str, Any]], Iterator[dict[str, Any]]], device: str
     ) -> None:
         self.name = name
-        self.device = device
+        self.device = self._execution_device = device
         self._open_steps = open_steps
         self._near = load_near_half(name)
 

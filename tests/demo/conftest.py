@@ -30,3 +30,9 @@ def page(browser, opened, site) -> Iterator:
         opened.page = opened.enter_context(visit(browser, site))
     yield opened.page
     assert not opened.page.trouble
+
+
+@pytest.fixture(autouse=True)
+def _uploads_of_this_test(monkeypatch):
+    """`launch` tells gradio by its environment variable where uploads go; the next test's site must not look there."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")

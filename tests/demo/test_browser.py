@@ -122,6 +122,13 @@ def test_fewer_steps_lower_the_gap_and_its_end(page):
     assert page.locator(".ar-high").inner_text() == "10: one after another"
 
 
+def test_more_steps_than_the_page_begins_with_allow_as_large_a_gap(page):
+    settle(page, length=4, steps=60, gap=60)
+    press(page, "Generate")
+    wait_for_run(page)
+    assert len(shown_frames(page)) == 4
+
+
 def test_the_plan_is_drawn_without_a_request(page):
     settle(page, steps=50)
     page.wait_for_timeout(500)
@@ -205,7 +212,7 @@ def test_launch_serves_a_model_folder(tiny_pipeline, tmp_path):
             page = answer.read().decode()
         assert answer.status == 200
         assert "ardiffStudio" in page
-        assert session.models.names == (str(tmp_path / "mine"),)
+        assert session.models.names == ("mine",)
         assert session.first.scenes == tiny_pipeline.class_names
     finally:
         demo.close()

@@ -119,7 +119,7 @@ def site(home, watch, tiny_pipeline) -> Iterator[SimpleNamespace]:
 
 
 def idle(site: SimpleNamespace) -> bool:
-    return not site.session._live and not site.session._waiting and site.session._running is None
+    return not site.session._live and not site.session._waiting and not site.session._running
 
 
 def until_idle(site: SimpleNamespace) -> None:

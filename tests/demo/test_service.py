@@ -26,9 +26,8 @@ LIMITS = Limits(
 
 
 @pytest.fixture
-def site(tiny_pipeline, tmp_path, monkeypatch):
+def site(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "tiny")
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     demo, session = launch(
         models=[tmp_path / "tiny"],
         device="cpu",

@@ -254,8 +254,8 @@ def test_closing_the_generator_frees_the_run(tiny_pipeline, monkeypatch):
     caches = []
     new_cache = tiny_pipeline.transformer.new_cache
 
-    def remember(batch_size):
-        cache = new_cache(batch_size)
+    def remember(*arguments):
+        cache = new_cache(*arguments)
         caches.append(weakref.ref(cache))
         return cache
 
