@@ -86,7 +86,7 @@ class DiffusionTrainingConfig(TrainingConfig):
 
 PRESETS = {
     "scenes-64-cpu": DiffusionTrainingConfig(
-        batch_size=8, num_steps=12_000, learning_rate=1.5e-3, optimizer="muon", checkpoint_every=250, sample_every=500
+        batch_size=8, num_steps=18_000, learning_rate=1.5e-3, optimizer="muon", checkpoint_every=250, sample_every=500
     ),
     "scenes-64-gpu": DiffusionTrainingConfig(
         batch_size=128, num_steps=60_000, learning_rate=1e-3, optimizer="muon", width=384, depth=12, num_heads=6,
