@@ -77,21 +77,28 @@ def visit(browser, site, query: str = "", **options) -> Iterator:
 
 
 def settle(page, *, length=6, steps=10, gap=5, seed=7) -> None:
-    """Fill the controls and wait until the page has taken them up."""
+    """Fill the controls and wait until the page has taken them up; where a busy machine lost what was typed, once more."""
     if not page.locator("#ar-steps").is_visible():
         page.get_by_role("button", name="Steps and guidance").click()
-    for name, value in (("steps", steps), ("length", length), ("gap", gap)):
-        field = page.locator(f"#ar-{name} input[type=number]")
-        field.fill(str(value))
-        field.press("Tab")
-    page.locator("#ar-seed input").fill(str(seed))
-    if not page.get_by_label("Keep").is_checked():
-        page.get_by_label("Keep").check()
-    page.wait_for_function(
-        "([frames, steps, gap]) => { const c = window.ardiffStudio.studio.controls;"
-        " return c.frames === frames && c.steps === steps && c.gap === gap; }",
-        arg=[length, steps, gap],
-    )
+    for last in (False, True):
+        for name, value in (("steps", steps), ("length", length), ("gap", gap)):
+            field = page.locator(f"#ar-{name} input[type=number]")
+            field.fill(str(value))
+            field.press("Tab")
+        page.locator("#ar-seed input").fill(str(seed))
+        if not page.get_by_label("Keep").is_checked():
+            page.get_by_label("Keep").check()
+        try:
+            page.wait_for_function(
+                "([frames, steps, gap]) => { const c = window.ardiffStudio.studio.controls;"
+                " return c.frames === frames && c.steps === steps && c.gap === gap; }",
+                arg=[length, steps, gap],
+                timeout=10_000,
+            )
+            return
+        except Exception:
+            if last:
+                raise
 
 
 def press(page, name: str) -> None:

@@ -55,13 +55,10 @@ def home(tmp_path_factory) -> Iterator[SimpleNamespace]:
     inside, outside = folder / "inside", folder / "outside"
     inside.mkdir()
     outside.mkdir()
-    before, environment = tempfile.tempdir, os.environ.get("GRADIO_TEMP_DIR")
+    before = tempfile.tempdir
     tempfile.tempdir = str(inside)
     yield SimpleNamespace(inside=inside, outside=outside)
     tempfile.tempdir = before
-    os.environ.pop("GRADIO_TEMP_DIR")
-    if environment is not None:
-        os.environ["GRADIO_TEMP_DIR"] = environment
 
 
 @pytest.fixture(scope="module")
