@@ -231,7 +231,12 @@ def draw_loss(curves: dict[str, list[dict]]) -> "Figure":
             values = np.array([found[name] for found in seeds])
             axis.fill_between(timesteps, values.min(0), values.max(0), color=COLOURS[index], alpha=0.2, linewidth=0)
             axis.plot(
-                timesteps, values.mean(0), color=COLOURS[index], marker=MARKERS[index], markersize=4, label=label
+                timesteps,
+                values.mean(0),
+                color=COLOURS[index],
+                marker=MARKERS[index],
+                markersize=4,
+                label=label.split(" (")[0],
             )
         set_log(axis, "y")
         set_title(axis, title)
