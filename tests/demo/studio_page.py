@@ -69,7 +69,8 @@ def visit(browser, site, query: str = "", **options) -> Iterator:
     page.on("request", lambda asked: None if asked.url.startswith(allowed) else trouble.append(asked.url))
     page.goto(site.url + query)
     page.get_by_role("button", name="Generate", exact=True).wait_for()
-    page.wait_for_function(f"window.ardiffStudio && {STAGE} && window.ardiffStudio.studio.controls && {PHASE}")
+    # `asked` is there once the page has been told what its link says: until then gradio takes back what is typed.
+    page.wait_for_function(f"window.ardiffStudio && {STAGE} && 'model' in window.ardiffStudio.studio.asked && {PHASE}")
     page.trouble = trouble
     yield page
     context.close()
@@ -77,28 +78,21 @@ def visit(browser, site, query: str = "", **options) -> Iterator:
 
 
 def settle(page, *, length=6, steps=10, gap=5, seed=7) -> None:
-    """Fill the controls and wait until the page has taken them up; where a busy machine lost what was typed, once more."""
+    """Fill the controls and wait until the page has taken them up."""
     if not page.locator("#ar-steps").is_visible():
         page.get_by_role("button", name="Steps and guidance").click()
-    for last in (False, True):
-        for name, value in (("steps", steps), ("length", length), ("gap", gap)):
-            field = page.locator(f"#ar-{name} input[type=number]")
-            field.fill(str(value))
-            field.press("Tab")
-        page.locator("#ar-seed input").fill(str(seed))
-        if not page.get_by_label("Keep").is_checked():
-            page.get_by_label("Keep").check()
-        try:
-            page.wait_for_function(
-                "([frames, steps, gap]) => { const c = window.ardiffStudio.studio.controls;"
-                " return c.frames === frames && c.steps === steps && c.gap === gap; }",
-                arg=[length, steps, gap],
-                timeout=10_000,
-            )
-            return
-        except Exception:
-            if last:
-                raise
+    for name, value in (("steps", steps), ("length", length), ("gap", gap)):
+        field = page.locator(f"#ar-{name} input[type=number]")
+        field.fill(str(value))
+        field.press("Tab")
+    page.locator("#ar-seed input").fill(str(seed))
+    if not page.get_by_label("Keep").is_checked():
+        page.get_by_label("Keep").check()
+    page.wait_for_function(
+        "([frames, steps, gap]) => { const c = window.ardiffStudio.studio.controls;"
+        " return c.frames === frames && c.steps === steps && c.gap === gap; }",
+        arg=[length, steps, gap],
+    )
 
 
 def press(page, name: str) -> None:

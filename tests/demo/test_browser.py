@@ -71,9 +71,10 @@ def test_stop_keeps_what_is_finished_and_the_page_goes_on(page, site):
     wait_for(page, "done")
     frames = shown_frames(page)
     assert 3 <= len(frames) < 12
-    scene = [site.session.first.scenes[0]]
+    scene, site.delay = [site.session.first.scenes[0]], 0.0
     whole = expected(site, num_frames=12, ar_step=10, seed=7, class_labels=scene)
     np.testing.assert_array_equal(frames, whole[: len(frames)])
+    site.delay = 0.1
     assert downloaded(page) == ("h264", "yuv420p", len(frames))
     page.get_by_label("Keep").uncheck()
     press(page, "Generate")
@@ -122,7 +123,8 @@ def test_fewer_steps_lower_the_gap_and_its_end(page):
     assert page.locator(".ar-high").inner_text() == "10: one after another"
 
 
-def test_more_steps_than_the_page_begins_with_allow_as_large_a_gap(page):
+def test_more_steps_than_the_page_begins_with_allow_as_large_a_gap(page, site):
+    site.delay = 0.0
     settle(page, length=4, steps=60, gap=60)
     press(page, "Generate")
     wait_for_run(page)
