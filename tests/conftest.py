@@ -8,7 +8,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-# One thread for every process of a run: tiny models gain nothing from more, and two pools on two cores wait for each other.
+# One thread: tiny models gain nothing from more, and browser and server want the other core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
@@ -42,13 +42,6 @@ def seeded(build: Callable[[], torch.nn.Module], seed: int) -> torch.nn.Module:
                 if not parameter.any():
                     parameter.normal_(std=0.1)
     return model.eval()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The studio's tests share one process: two browsers at once would take each other's time, and waits would run out."""
-    for item in items:
-        if "demo" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("studio"))
 
 
 @pytest.fixture

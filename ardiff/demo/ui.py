@@ -94,6 +94,8 @@ MOVED_JS = f"""(model, scene, order, length, gap, profile, chunk, drawn, steps, 
   studio.setControls(length, gap, steps, guidance, prompts, guided, profile, chunk);
 }}"""
 STEPS_JS = "(steps, gap) => ({ __type__: 'update', maximum: steps, value: Math.min(gap, steps) })"
+# For whoever fills in the page by a script: what is typed before this is taken back when the link's settings come.
+OPENED_JS = "() => { document.documentElement.dataset.ardiffOpened = 'yes'; }"
 # On a narrow screen the controls lie below the stage: whoever pressed Generate wants to watch.
 WATCH_JS = (
     "() => { if (matchMedia('(max-width: 900px)').matches)"
@@ -582,7 +584,8 @@ def build_demo(session: Session) -> gr.Blocks:
             lambda: gr.update(visible=False), None, recover, **quiet
         )
         history.select(studio.recover_selected, None, recovered, **quiet)
-        demo.load(studio.open_link, None, [head, plan, stage, keep, *controls], **quiet).then(**moved)
+        opened = demo.load(studio.open_link, None, [head, plan, stage, keep, *controls], **quiet).then(**moved)
+        opened.then(None, None, None, js=OPENED_JS, **quiet)
         demo.load(studio.offer_recovery, remembered, recover, **quiet)
         build_endpoints(studio, files, length, steps, guidance, seed)
     return demo

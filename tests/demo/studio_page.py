@@ -69,8 +69,8 @@ def visit(browser, site, query: str = "", **options) -> Iterator:
     page.on("request", lambda asked: None if asked.url.startswith(allowed) else trouble.append(asked.url))
     page.goto(site.url + query)
     page.get_by_role("button", name="Generate", exact=True).wait_for()
-    # `asked` is there once the page has been told what its link says: until then gradio takes back what is typed.
-    page.wait_for_function(f"window.ardiffStudio && {STAGE} && 'model' in window.ardiffStudio.studio.asked && {PHASE}")
+    # Until the page has been told what its link says, gradio takes back what is typed.
+    page.wait_for_function(f"document.documentElement.dataset.ardiffOpened && {STAGE} && {PHASE}")
     page.trouble = trouble
     yield page
     context.close()

@@ -168,6 +168,7 @@ def test_a_video_is_trimmed(page, site, tmp_path):
     give(page, tmp_path / "clip.mp4")
     page.wait_for_function(f"{CONTROLS}.prompts === 4")
     before = page.locator(".ar-source img").nth(1).get_attribute("src")
+    open_share(page)
     field = page.get_by_label("Every nth")
     field.fill("3")
     field.press("Tab")

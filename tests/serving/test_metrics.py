@@ -185,7 +185,10 @@ def test_a_line_has_what_helps_and_not_who(lines):
     }  # fmt: skip
 
 
-def test_no_value_of_a_message_is_written(lines):
+def test_no_value_of_a_message_is_written(lines, monkeypatch, caplog):
+    for name in ("uvicorn.access", "httpx"):  # a server of another test may have quietened them
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+        caplog.set_level(logging.INFO, name)
     logging.getLogger("uvicorn.access").info('%s - "%s %s"', "10.1.2.3:5000", "GET", "/?seed=1&name=Ada")
     logging.getLogger("httpx").info("fetched for ada@example.org")
     logging.getLogger("ardiff").warning(
