@@ -186,8 +186,9 @@ def test_a_line_has_what_helps_and_not_who(lines):
 
 
 def test_no_value_of_a_message_is_written(lines, monkeypatch, caplog):
-    for name in ("uvicorn.access", "httpx"):  # a server of another test may have quietened them
+    for name in ("uvicorn", "uvicorn.access", "httpx"):  # a server of another test may have quietened them
         monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
         caplog.set_level(logging.INFO, name)
     logging.getLogger("uvicorn.access").info('%s - "%s %s"', "10.1.2.3:5000", "GET", "/?seed=1&name=Ada")
     logging.getLogger("httpx").info("fetched for ada@example.org")

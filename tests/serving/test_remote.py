@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ class Replica:
         self.asked = self.busy = 0
 
     def open_steps(self, name: str, arguments: dict) -> Iterator[dict]:
-        loop = asyncio.new_event_loop()
+        # A thread of its own, as a replica has: that of the tests may have the loop of a browser.
+        thread, loop = ThreadPoolExecutor(1), asyncio.new_event_loop()
         steps = self.model.steps(name, pickle.loads(pickle.dumps(arguments)))
         last = self.dies_after.pop(0) if self.dies_after else None
         self.asked, count = self.asked + 1, 0
@@ -43,14 +45,16 @@ class Replica:
             self.busy += 1
             while count != last:
                 try:
-                    yield pickle.loads(pickle.dumps(loop.run_until_complete(anext(steps))))
+                    step = thread.submit(lambda: loop.run_until_complete(anext(steps))).result()
+                    yield pickle.loads(pickle.dumps(step))
                 except StopAsyncIteration:
                     return
                 count += 1
             raise ReplicaLost
         finally:
             self.busy -= 1
-            loop.run_until_complete(steps.aclose())
+            thread.submit(lambda: loop.run_until_complete(steps.aclose())).result()
+            thread.shutdown()
             loop.close()
 
 
