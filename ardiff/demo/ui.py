@@ -93,9 +93,15 @@ MOVED_JS = f"""(model, scene, order, length, gap, profile, chunk, drawn, steps, 
   studio.studio.asked = {{ model, scene: guided ? scene : '', seed, guidance }};
   studio.setControls(length, gap, steps, guidance, prompts, guided, profile, chunk);
 }}"""
-STEPS_JS = "(steps, gap) => ({ __type__: 'update', maximum: steps, value: Math.min(gap, steps) })"
+# The value only where it must change: this comes when the gap may already be another one.
+STEPS_JS = (
+    "(steps, gap) => gap > steps ? { __type__: 'update', maximum: steps, value: steps }"
+    " : { __type__: 'update', maximum: steps }"
+)
 # For whoever fills in the page by a script: what is typed before this is taken back when the link's settings come.
 OPENED_JS = "() => { document.documentElement.dataset.ardiffOpened = 'yes'; }"
+# Without a query nothing is asked of the server, and what a quick visitor types while the page loads stays.
+QUERY_JS = f"() => {{ if (!location.search) ({OPENED_JS})(); return location.search; }}"
 # On a narrow screen the controls lie below the stage: whoever pressed Generate wants to watch.
 WATCH_JS = (
     "() => { if (matchMedia('(max-width: 900px)').matches)"
@@ -251,6 +257,10 @@ class Studio:
             return gr.update(visible=bool(last_run) and len(self.session.recover(last_run).frames) > 0)
         except ValueError:
             return gr.update(visible=False)
+
+    def greet(self) -> str:
+        """Outputs: head, made anew for every visitor."""
+        return header(self.session, self.session.first)
 
     def open_link(self, request: gr.Request) -> tuple[Any, ...]:
         """Fill the controls from the link's query. Outputs: head, plan, stage, keep, the controls."""
@@ -520,7 +530,7 @@ def build_demo(session: Session) -> gr.Blocks:
                 # What the page's script writes and every callback reads: which prompt frames, and the drawn gaps.
                 order = gr.Textbox("", visible="hidden", elem_id="ar-order")
                 drawn = gr.Textbox("", visible="hidden", elem_id="ar-drawn")
-                wanted = gr.Textbox("", visible="hidden")
+                wanted, link = gr.Textbox("", visible="hidden"), gr.Textbox("", visible="hidden")
                 with gr.Row(elem_id="ar-go"):
                     go = gr.Button(TEXT["generate"], variant="primary", elem_id="ar-generate")
                     stop = gr.Button(TEXT["stop"], interactive=False, elem_id="ar-stop")
@@ -584,8 +594,11 @@ def build_demo(session: Session) -> gr.Blocks:
             lambda: gr.update(visible=False), None, recover, **quiet
         )
         history.select(studio.recover_selected, None, recovered, **quiet)
-        opened = demo.load(studio.open_link, None, [head, plan, stage, keep, *controls], **quiet).then(**moved)
-        opened.then(None, None, None, js=OPENED_JS, **quiet)
+        demo.load(studio.greet, None, head, **quiet)
+        demo.load(None, None, link, js=QUERY_JS, **quiet)
+        link.change(studio.open_link, None, [head, plan, stage, keep, *controls], **quiet).then(**moved).then(
+            None, None, None, js=OPENED_JS, **quiet
+        )
         demo.load(studio.offer_recovery, remembered, recover, **quiet)
         build_endpoints(studio, files, length, steps, guidance, seed)
     return demo

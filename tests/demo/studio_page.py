@@ -78,24 +78,17 @@ def visit(browser, site, query: str = "", **options) -> Iterator:
 
 
 def settle(page, *, length=6, steps=10, gap=5, seed=7) -> None:
-    """Fill the controls and wait until the page has taken them up; gradio may take back what is typed while it still loads."""
+    """Fill the controls and wait until the page has taken them up."""
     if not page.locator("#ar-steps").is_visible():
         page.get_by_role("button", name="Steps and guidance").click()
     taken = "([frames, steps, gap]) => { const c = window.ardiffStudio.studio.controls; return c.frames === frames && c.steps === steps && c.gap === gap; }"
-    for left in (3, 2, 1, 0):
-        for name, value in (("steps", steps), ("length", length), ("gap", gap)):
-            field = page.locator(f"#ar-{name} input[type=number]")
-            field.fill(str(value))
-            field.press("Tab")
-        page.locator("#ar-seed input").fill(str(seed))
-        if not page.get_by_label("Keep").is_checked():
-            page.get_by_label("Keep").check()
-        try:
-            page.wait_for_function(taken, arg=[length, steps, gap], timeout=5_000)
-            return
-        except Exception:
-            if not left:
-                raise
+    for name, value in (("steps", steps), ("length", length), ("gap", gap)):
+        field = page.locator(f"#ar-{name} input[type=number]")
+        field.fill(str(value))
+        field.press("Tab")
+    page.locator("#ar-seed input").fill(str(seed))
+    page.get_by_label("Keep").check()
+    page.wait_for_function(taken, arg=[length, steps, gap])
 
 
 def press(page, name: str) -> None:
