@@ -77,7 +77,7 @@ def main() -> None:
         page.get_by_label("Keep").check()
         for _ in range(args.rounds):
             measured = page_run(page, received)
-            request = session.recover(page.evaluate(RUN)).request
+            request = session.store.recover(page.evaluate(RUN)).request
             measured["bare_s"] = bare_seconds(session.first.pipeline, session, request)
             rounds.append(measured)
         browser.close()

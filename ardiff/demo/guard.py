@@ -47,7 +47,7 @@ class Guard:
         if not told.isdigit() or int(told) > most:
             return await respond(send, 413, f"A request may have at most {most / 2**20:.0f} MB here.")
         if uploading:
-            await asyncio.to_thread(self.session.sweep)
+            await asyncio.to_thread(self.session.store.sweep)
         event = EVENT.search(path) if reading else None
         if event and _is_over(scope["app"], event[1]):
             return await respond(send, 404, OVER)

@@ -9,22 +9,15 @@ Frames are (S, S, 3) uint8, S = the model's image size; a prompt is (P, S, S, 3)
 from __future__ import annotations
 
 import contextvars
-import json
 import logging
 import math
-import os
 import queue
-import re
-import shutil
-import stat
-import tempfile
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,13 +26,10 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from PIL import Image
 
-from ardiff.data.video import read_image, write_video
 from ardiff.demo.decoder import Decoder
 from ardiff.demo.models import LoadedModel, ModelMenu
 from ardiff.demo.presets import (
-    FPS,
     Event,
     Failed,
     Finished,
@@ -49,10 +39,8 @@ from ardiff.demo.presets import (
     Progress,
     Prompt,
     Queued,
-    Recovered,
-    read_settings,
-    span,
 )
+from ardiff.demo.storage import RunStore, video_frames
 from ardiff.schedulers.ad_schedule import ad_schedule, check_window
 from ardiff.serving.limits import PRESETS, Limits
 from ardiff.serving.metrics import Metrics
@@ -75,16 +63,12 @@ STOP_SECONDS = 10.0
 GPU_SECONDS = 5
 """Seconds of ZeroGPU beyond a run's own: to start its process, and for a single picture."""
 
-EXPORTS = {"mp4": "video.mp4", "gif": "video.gif", "webp": "video.webp", "zip": "frames.zip", "json": "settings.json"}
-"""What a run can be kept as, and the file's name."""
-
 
 @dataclass(eq=False)
 class _Run:
     request: GenerationRequest
-    folder: Path
     id: str
-    visitor: str = ""
+    visitor: str
     stop: threading.Event = field(default_factory=threading.Event)
     events: queue.SimpleQueue[Event | None] = field(default_factory=queue.SimpleQueue)
     future: Future[float] | None = None
@@ -156,8 +140,7 @@ class Session:
         limits: what the operator lets visitors do.
         warm_up: measure a model's speed once, in the background, so that the first estimate is honest.
 
-    `folder` holds a folder for every run that is kept, `uploads` what visitors sent and what a server copied for them; both
-    together stay within the disk budget, and go when the session is closed. `metrics` counts what happens.
+    `store` keeps the runs and what visitors sent until the session is closed. `metrics` counts what happens.
 
     Raises:
         ValueError: there is no model, or the first one cannot be loaded.
@@ -174,12 +157,7 @@ class Session:
         self.limits = limits
         self.metrics = Metrics(lambda: len(self._waiting))
         self.decoder = Decoder(limits)
-        self._home = Path(tempfile.mkdtemp(prefix="ardiff-studio-")).resolve()
-        self.folder, self.uploads = self._home / "runs", self._home / "uploads"
-        self.folder.mkdir()
-        self.uploads.mkdir()
-        self._of_the_page: frozenset[Path] = frozenset()
-        self._sizes: dict[str, int] = {}
+        self.store = RunStore(limits)
         self._num_workers = workers
         self._worker = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="ardiff-model")
         self._lock = threading.Lock()
@@ -232,9 +210,7 @@ class Session:
             )
         check_window(self._plan(request), model.window, num_prompt_frames=request.num_prompt_frames)
         self._check_memory(request, model)
-        earlier = None if request.continues is None else self._kept(request.continues)
-        run_id = uuid.uuid4().hex
-        run = _Run(request, self.folder / run_id, run_id, visitor)
+        run = _Run(request, uuid.uuid4().hex, visitor)
         # What belongs to the visitor's call (on ZeroGPU, whose share of the GPU is used) goes along to the worker.
         context = contextvars.copy_context()
         with self._lock:
@@ -250,13 +226,13 @@ class Session:
                     f"Each visitor can have {self.limits.runs_per_visitor} runs at the same time; "
                     "please wait until one has ended."
                 )
-            self._prepare(run, earlier)
+            self.store.begin(run.id, request)
             self._live[run.id] = run
             self._waiting.append(run)
             place = self._place(run)
             run.future = self._worker.submit(context.run, self._work, run)
         run.future.add_done_callback(lambda _: run.events.put(None))
-        self.sweep()
+        self.store.sweep()
         return self._events(run, place)
 
     def memory(self, model: LoadedModel) -> str:
@@ -302,7 +278,7 @@ class Session:
 
         The length of `request` is the number of new frames. Raises ValueError with one sentence.
         """
-        kept = self.recover(run_id)
+        kept = self.store.recover(run_id)
         frames = kept.frames[-self.limits.prompt_frames :]
         if not frames:
             raise ValueError("There is no finished frame to go on from.")
@@ -315,29 +291,6 @@ class Session:
         length = min(request.num_frames + len(frames), self.limits.frames)
         prompt = Prompt(np.stack(frames), f"run {run_id[:8]}")
         return replace(request, prompt=prompt, num_frames=length, continues=run_id)
-
-    def recover(self, run_id: str) -> Recovered:
-        """What is kept of a run, live or over. Raises ValueError with one sentence when nothing is."""
-        folder = self._kept(run_id)
-        request = read_settings((folder / "settings.json").read_text(encoding="utf-8"))
-        frames = [read_image(path) for path in sorted(folder.glob("frame-*.png"))]
-        return Recovered(run_id, request, frames)
-
-    def export(self, run_id: str, kind: str) -> Path:
-        """A kept run's video as a file: `kind` is one of EXPORTS. Raises ValueError with one sentence."""
-        if kind not in EXPORTS:
-            raise ValueError(f"A run can be kept as {', '.join(EXPORTS)}, got {kind!r}.")
-        folder = self._kept(run_id)
-        path = folder / EXPORTS[kind]
-        with self._lock:
-            growing = run_id in self._live
-        if not path.is_file() or (growing and kind != "json"):
-            frames = [read_image(frame) for frame in _video_frames(folder)]
-            if not frames:
-                raise ValueError("There is no finished frame to keep.")
-            write_video(frames, path, fps=FPS)
-            self._weigh(folder)
-        return path
 
     def read_prompt(
         self,
@@ -365,53 +318,9 @@ class Session:
         name = self.models.get(model).name
         return self._on_worker(lambda: self._gpu_reconstruct(name, prompt.frames))
 
-    def sweep(self, max_age: float | None = None, max_bytes: int | None = None) -> None:
-        """Remove runs that ended, and uploads that came, more than `max_age` seconds ago, and the oldest above `max_bytes`.
-
-        None are the operator's limits. Runs that are under way stay, and so does what the page itself is made of.
-        """
-        max_age = self.limits.keep_seconds if max_age is None else max_age
-        max_bytes = self.limits.disk_bytes if max_bytes is None else max_bytes
-        with self._lock:
-            live = set(self._live)
-        over = []
-        for folder in self.folder.iterdir():
-            with suppress(FileNotFoundError):  # another thread sweeps too
-                size = self._sizes.get(folder.name) or self._weigh(folder)
-                over.append((folder.stat().st_mtime, size, folder))
-        for path in self.uploads.rglob("*"):
-            with suppress(FileNotFoundError):
-                told = path.lstat()
-                if not stat.S_ISDIR(told.st_mode) and path not in self._of_the_page:
-                    over.append((told.st_mtime, _occupied(told), path))
-        over.sort(key=lambda entry: entry[0], reverse=True)
-        kept = 0
-        for ended, size, path in over:
-            kept += size
-            if path.name in live or (kept <= max_bytes and time.time() - ended <= max_age):
-                continue
-            kept -= size
-            if path.parent == self.folder:
-                shutil.rmtree(path, ignore_errors=True)
-                self._sizes.pop(path.name, None)
-            else:
-                path.unlink(missing_ok=True)
-                with suppress(OSError):  # not empty: something came in between
-                    path.parent.rmdir()
-
     def _sweep_at_times(self) -> None:
         while not self._closing.wait(min(self.limits.keep_seconds / 2, 600.0)):
-            self.sweep()
-
-    def keep_page_files(self) -> None:
-        """Take all that is in `uploads` now for a part of the page, which no sweep removes."""
-        self._of_the_page = frozenset(self.uploads.rglob("*"))
-
-    def _weigh(self, folder: Path) -> int:
-        """Bytes on disk of a run's folder; known from then on."""
-        size = sum(_occupied(path.lstat()) for path in folder.iterdir())
-        self._sizes[folder.name] = size
-        return size
+            self.store.sweep()
 
     def drain(self, seconds: float) -> bool:
         """Refuse new runs and wait until those that were taken are over. After `seconds` they end as by `stop`.
@@ -444,7 +353,7 @@ class Session:
             run.stop.set()
         self._worker.shutdown(wait=True, cancel_futures=True)
         self.decoder.close()
-        shutil.rmtree(self._home, ignore_errors=True)
+        self.store.close()
 
     # The visitor's side of a run ---------------------------------------------------------------------------------
 
@@ -469,37 +378,20 @@ class Session:
             self._leave_queue(run)
             with self._lock:
                 self._live.pop(run.id, None)
-                self._sizes.pop(run.id, None)
-
-    def _prepare(self, run: _Run, earlier: Path | None) -> None:
-        """Make the run's folder, with the frames that its video has before its own: all of the run that it goes on from."""
-        run.folder.mkdir()
-        (run.folder / "settings.json").write_text(json.dumps(run.request.settings()), encoding="utf-8")
-        for index, path in enumerate(_video_frames(earlier) if earlier else []):
-            shutil.copy(path, run.folder / f"earlier-{index:05d}.png")
+            self.store.end(run.id)
 
     def _conclude(self, run: _Run) -> Finished | Failed:
         error = None if run.future.cancelled() else run.future.exception()
         seconds = 0.0 if error or run.future.cancelled() else run.future.result()
-        count, total = len(list(run.folder.glob("frame-*.png"))), len(_video_frames(run.folder))
-        video = self.export(run.id, "mp4") if count else None
+        folder = self.store.find(run.id)
+        count, total = len(list(folder.glob("frame-*.png"))), len(video_frames(folder))
+        video = self.store.export(run.id, "mp4") if count else None
         if error is not None:
             return Failed(run.id, describe(error), video, count)
         settings = {**run.request.settings(), "finished_frames": count, "seconds": seconds}
-        (run.folder / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        self._weigh(run.folder)
+        self.store.add_settings(run.id, settings)
         stopped = count < run.request.num_frames
         return Finished(run.id, video, count, total, stopped, seconds, settings, run.limit if stopped else None)
-
-    def _kept(self, run_id: str) -> Path:
-        """The folder of a run of this server. Raises ValueError when there is none (any more)."""
-        named = isinstance(run_id, str) and re.fullmatch("[0-9a-f]{32}", run_id)
-        folder = self.folder / run_id if named else None
-        if folder is None or not folder.is_dir():
-            raise ValueError(
-                f"That run is not kept any more: finished frames stay for {span(self.limits.keep_seconds)} at most."
-            )
-        return folder
 
     def _leave_queue(self, run: _Run) -> None:
         if run.future is not None and run.future.cancel():
@@ -553,7 +445,7 @@ class Session:
                 decoding, model.cost.preview = decoding + call.decoding, call.preview
                 for index, frame in call.finished:
                     # Kept here, not where events are drawn: what had finished stays when the visitor is gone.
-                    Image.fromarray(frame).save(run.folder / f"frame-{index:04d}.png")
+                    self.store.add_frame(run.id, index, frame)
                     run.events.put(FrameReady(run.id, index, frame))
                 if call.previews:
                     run.events.put(Preview(run.id, call.previews))
@@ -695,17 +587,3 @@ def describe(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "The device ran out of memory; what had finished is kept. Choose a larger gap, a shorter length or no guidance."
     return f"The run broke off ({type(error).__name__}: {error}); what had finished is kept."
-
-
-def _video_frames(folder: Path) -> list[Path]:
-    """The frames of a run's video, in order: those of the runs it goes on from, then its own new ones."""
-    earlier, own = sorted(folder.glob("earlier-*.png")), sorted(folder.glob("frame-*.png"))
-    if not earlier:
-        return own
-    request = read_settings((folder / "settings.json").read_text(encoding="utf-8"))
-    return earlier + own[request.num_prompt_frames :]
-
-
-def _occupied(told: os.stat_result) -> int:
-    """Bytes that a file takes on disk: a small one takes a block."""
-    return max(told.st_size, 4096)

@@ -230,14 +230,14 @@ class Studio:
     def export(self, run_id: str, kind: str) -> str:
         """A file of a run. Inputs: run id. Outputs: the hidden download button."""
         try:
-            return str(self.session.export(run_id, kind))
+            return str(self.session.store.export(run_id, kind))
         except ValueError as error:
             raise gr.Error(plain(error), print_exception=False) from error
 
     def recover(self, run_id: str) -> tuple[Any, ...]:
         """Show the finished frames of an earlier run. Inputs: run id. Outputs: stage, run id, results."""
         try:
-            recovered = self.session.recover(run_id)
+            recovered = self.session.store.recover(run_id)
         except ValueError as error:
             return idle_value("That run is gone", plain(error), "failed"), gr.skip(), gr.skip()
         facts = self.session.models.get(recovered.request.model).facts()
@@ -254,7 +254,7 @@ class Studio:
     def offer_recovery(self, last_run: str | None) -> Any:
         """Outputs: the button, seen when the run that this browser remembers can still be fetched. Inputs: that run's id."""
         try:
-            return gr.update(visible=bool(last_run) and len(self.session.recover(last_run).frames) > 0)
+            return gr.update(visible=bool(last_run) and len(self.session.store.recover(last_run).frames) > 0)
         except ValueError:
             return gr.update(visible=False)
 
@@ -647,9 +647,9 @@ def launch_arguments(session: Session) -> dict[str, Any]:
 def build_served(session: Session) -> gr.Blocks:
     """The page with its queue, and gradio's own files where the session's disk budget sees them."""
     # Where gradio keeps uploads and copies, for as long as it lives.
-    os.environ["GRADIO_TEMP_DIR"] = str(session.uploads)
+    os.environ["GRADIO_TEMP_DIR"] = str(session.store.uploads)
     demo = build_demo(session).queue(max_size=session.limits.queue)
-    session.keep_page_files()
+    session.store.keep_page_files()
     return demo
 
 

@@ -127,7 +127,7 @@ def webkit(folder: Path) -> Iterator[SimpleNamespace]:
             call("DELETE", session)
 
 
-def until(condition: Any, seconds: float = 60.0) -> Any:
+def until(condition: Any, seconds: float = 120.0) -> Any:
     """The first true value of `condition`."""
     end = time.monotonic() + seconds
     while not (value := condition()):

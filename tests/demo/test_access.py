@@ -116,7 +116,7 @@ def test_no_figure_is_cut_off(browser, site, width):
 
 
 def test_under_reduced_motion_noise_changes_three_times_a_second_at_most(browser, site, monkeypatch):
-    """Sampled at every animation frame: when the picture of a tile that is nearly noise became another one."""
+    """Sampled at every animation frame: how often a second the picture of a tile that is nearly noise became another one."""
     # A new guess of every frame, ten times a second.
     monkeypatch.setattr("ardiff.demo.session.PREVIEW_SHARE", 10.0)
     changes = {}
@@ -142,6 +142,5 @@ def test_under_reduced_motion_noise_changes_three_times_a_second_at_most(browser
             press(page, "Stop and keep")
             wait_for(page, "done")
             times = page.evaluate("window.changed")
-            changes[motion] = [later - sooner for sooner, later in zip(times, times[1:], strict=False)]
-    assert min(changes["reduce"]) > 300
-    assert len(changes["no-preference"]) > len(changes["reduce"])
+            changes[motion] = (len(times) - 1) / (times[-1] - times[0]) * 1000
+    assert changes["reduce"] <= 3 < changes["no-preference"]

@@ -84,7 +84,7 @@ def site(home, watch, tiny_pipeline) -> Iterator[SimpleNamespace]:
     demo, session = launch(
         models=[home.outside / "tiny"], device="cpu", limits=LIMITS, port=None, prevent_thread_lock=True, quiet=True
     )
-    link = session.uploads / "link.png"
+    link = session.store.uploads / "link.png"
     link.symlink_to(home.outside / "secret.png")
     functions = [
         SimpleNamespace(index=index, inputs=len(function.inputs), name=function.name)
@@ -94,7 +94,7 @@ def site(home, watch, tiny_pipeline) -> Iterator[SimpleNamespace]:
     named = {function.name: function.index for function in functions}
     controls = [session.models.names[0], "no scene", "", 4, 1, "even", 4, "", 5, 1, 3]
     site = SimpleNamespace(
-        session=session, url=demo.local_url, limits=LIMITS, uploads=session.uploads, link=link, functions=functions,
+        session=session, url=demo.local_url, limits=LIMITS, uploads=session.store.uploads, link=link, functions=functions,
         secrets=[home.outside / "secret.png", home.outside / "secret.txt"], spy=f"http://127.0.0.1:{spy.server_port}",
         asked=asked, media=make_media(), bombs=bombs(), settings=json.dumps(GenerationRequest(num_frames=5).settings()),
         recorded={
@@ -147,7 +147,7 @@ def right(site: SimpleNamespace, visitor: Visitor) -> None:
     """The server still gives the pipeline's very frames."""
     file, told = visitor.call("generate", {**ARGUMENTS, "num_frames": 6, "seed": 11}).data
     run_id = next(
-        path for path in site.session.folder.iterdir() if '"seed": 11' in (path / "settings.json").read_text()
+        path for path in site.session.store.runs.iterdir() if '"seed": 11' in (path / "settings.json").read_text()
     )
     request = GenerationRequest(num_frames=6, ar_step=1, num_inference_steps=5, guidance_scale=1.0, seed=11)
     arguments = site.session.arguments(request)

@@ -112,11 +112,13 @@ def test_a_run_uses_the_model_it_asks_for(tiny_pipeline, other_pipeline):
     np.testing.assert_array_equal(
         frames, frames_of(other_pipeline, class_labels=["rings"], guidance_scale=2.0, seed=4, **SMALL)
     )
-    stored = session.export(last.run_id, "json").read_text()
+    stored = session.store.export(last.run_id, "json").read_text()
     assert json.loads(stored)["model"] == "other"
     np.testing.assert_array_equal(finish(session, read_settings(stored))[1], frames)
     assert (
-        json.loads(session.export(finish(session, GenerationRequest(**SMALL))[0].run_id, "json").read_text())["model"]
+        json.loads(session.store.export(finish(session, GenerationRequest(**SMALL))[0].run_id, "json").read_text())[
+            "model"
+        ]
         == "tiny"
     )
     for wrong, words in (

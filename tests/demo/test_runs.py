@@ -14,7 +14,8 @@ from PIL import Image
 
 from ardiff.data.video import write_video
 from ardiff.demo.presets import Finished, FrameReady, GenerationRequest, Prompt, read_settings
-from ardiff.demo.session import EXPORTS, Session
+from ardiff.demo.session import Session
+from ardiff.demo.storage import EXPORTS
 
 
 SMALL = {"num_frames": 6, "num_inference_steps": 6, "ar_step": 2}
@@ -53,7 +54,7 @@ def test_settings_of_a_run_give_its_frames_again(session):
         guidance_scale=1.5, seed=8,
     )  # fmt: skip
     last, frames = finish(session, request)
-    stored = session.export(last.run_id, "json").read_text()
+    stored = session.store.export(last.run_id, "json").read_text()
     assert json.loads(stored)["finished_frames"] == 6
     np.testing.assert_array_equal(finish(session, read_settings(stored))[1], frames)
 
@@ -67,7 +68,7 @@ def test_a_run_goes_on_without_end(session):
     third, more = finish(session, session.continuation(second.run_id, GenerationRequest(**SMALL, seed=3)))
     assert (first.total_frames, second.total_frames, third.total_frames) == (6, 12, 18)
     assert third.num_frames == 8 + 6
-    with zipfile.ZipFile(session.export(third.run_id, "zip")) as archive:
+    with zipfile.ZipFile(session.store.export(third.run_id, "zip")) as archive:
         kept = np.stack([np.asarray(Image.open(archive.open(name))) for name in sorted(archive.namelist())])
     # What had finished stays as it was: the prompt that the model sees is never put in its place.
     np.testing.assert_array_equal(kept, np.concatenate([begun, added[6:], more[8:]]))
@@ -78,22 +79,22 @@ def test_a_run_goes_on_without_end(session):
 
 def test_every_export_holds_every_frame(session):
     last, frames = finish(session, GenerationRequest(**SMALL, seed=4))
-    assert decoded(session.export(last.run_id, "mp4")) == 6
+    assert decoded(session.store.export(last.run_id, "mp4")) == 6
     for kind in ("gif", "webp"):
-        with Image.open(session.export(last.run_id, kind)) as picture:
+        with Image.open(session.store.export(last.run_id, kind)) as picture:
             assert getattr(picture, "n_frames", 1) >= 2
-    with zipfile.ZipFile(session.export(last.run_id, "zip")) as archive:
+    with zipfile.ZipFile(session.store.export(last.run_id, "zip")) as archive:
         kept = np.stack([np.asarray(Image.open(archive.open(name))) for name in sorted(archive.namelist())])
     np.testing.assert_array_equal(kept, frames)
-    assert {session.export(last.run_id, kind).name for kind in EXPORTS} == set(EXPORTS.values())
-    written = session.export(last.run_id, "gif").stat().st_mtime_ns
-    assert session.export(last.run_id, "gif").stat().st_mtime_ns == written
+    assert {session.store.export(last.run_id, kind).name for kind in EXPORTS} == set(EXPORTS.values())
+    written = session.store.export(last.run_id, "gif").stat().st_mtime_ns
+    assert session.store.export(last.run_id, "gif").stat().st_mtime_ns == written
     for run_id, kind, words in (
         (last.run_id, "exe", "mp4, gif, webp, zip, json"),
         ("../x", "gif", "not kept any more"),
     ):
         with pytest.raises(ValueError, match=words):
-            session.export(run_id, kind)
+            session.store.export(run_id, kind)
 
 
 def test_finished_frames_are_there_when_the_visitor_has_left(session):
@@ -102,36 +103,36 @@ def test_finished_frames_are_there_when_the_visitor_has_left(session):
     # The visitor's side never asks for an event after this one.
     run_id = next(run).run_id
     end = time.monotonic() + 10
-    while len(session.recover(run_id).frames) < 2:
+    while len(session.store.recover(run_id).frames) < 2:
         assert time.monotonic() < end
         time.sleep(0.01)
     run.close()
-    recovered = session.recover(run_id)
+    recovered = session.store.recover(run_id)
     whole = session._on_worker(
         lambda: session.first.pipeline(**session.arguments(request), output_type="np").frames[0]
     )
     kept = np.stack(recovered.frames)
     np.testing.assert_array_equal(kept, np.rint(255 * whole).astype(np.uint8)[: len(kept)])
     assert recovered.request == replace(request, model="tiny")
-    assert decoded(session.export(run_id, "mp4")) == len(kept)
-    session.sweep(max_age=-1)
+    assert decoded(session.store.export(run_id, "mp4")) == len(kept)
+    session.store.sweep(max_age=-1)
     with pytest.raises(ValueError, match="not kept any more"):
-        session.recover(run_id)
+        session.store.recover(run_id)
 
 
-def test_a_thousand_runs_leave_a_bounded_disk(session, monkeypatch):
-    monkeypatch.setattr(session, "limits", replace(session.limits, disk_megabytes=1, upload_megabytes=1))
+def test_a_thousand_runs_leave_a_bounded_disk(session):
+    session.store.limits = replace(session.limits, disk_megabytes=1, upload_megabytes=1)
     last, _ = finish(session, GenerationRequest(**SMALL))
     for index in range(1000):
-        folder = session.folder / f"{index:032x}"
+        folder = session.store.runs / f"{index:032x}"
         folder.mkdir()
         (folder / "settings.json").write_text("{}")
         os.utime(folder, (time.time() - 2000 + index,) * 2)
         if index % 50 == 0:
-            session.sweep()
+            session.store.sweep()
     finish(session, GenerationRequest(**SMALL))
-    kept = {folder.name for folder in session.folder.iterdir()}
-    taken = sum(max(path.stat().st_size, 4096) for path in session.folder.rglob("*.*"))
+    kept = {folder.name for folder in session.store.runs.iterdir()}
+    taken = sum(max(path.stat().st_size, 4096) for path in session.store.runs.rglob("*.*"))
     assert 2**20 * 0.9 < taken < 2**20 * 1.2
     assert 200 < len(kept) < 257
     assert last.run_id in kept
@@ -213,19 +214,19 @@ def test_a_video_is_trimmed_and_its_crop_is_shown(session, tmp_path):
             session.read_prompt([tmp_path / "clip.mp4"], **wrong)
 
 
-def test_uploads_share_the_disk_with_runs_and_the_page_keeps_its_own(session, monkeypatch):
-    monkeypatch.setattr(session, "limits", replace(session.limits, disk_megabytes=1, upload_megabytes=1))
-    (session.uploads / "example").mkdir()
-    (session.uploads / "example" / "balls.mp4").write_bytes(bytes(300_000))
-    session.keep_page_files()
+def test_uploads_share_the_disk_with_runs_and_the_page_keeps_its_own(session):
+    session.store.limits = replace(session.limits, disk_megabytes=1, upload_megabytes=1)
+    (session.store.uploads / "example").mkdir()
+    (session.store.uploads / "example" / "balls.mp4").write_bytes(bytes(300_000))
+    session.store.keep_page_files()
     for index in range(40):
-        folder = session.uploads / f"{index:02d}"
+        folder = session.store.uploads / f"{index:02d}"
         folder.mkdir()
         (folder / "picture.png").write_bytes(bytes(100_000))
         os.utime(folder / "picture.png", (time.time() - 1000 + index,) * 2)
-    session.sweep()
-    left = sorted(path.name for path in session.uploads.iterdir())
+    session.store.sweep()
+    left = sorted(path.name for path in session.store.uploads.iterdir())
     assert left == [*(f"{index:02d}" for index in range(30, 40)), "example"]
-    os.utime(session.uploads / "39" / "picture.png", (time.time() - 4000,) * 2)
-    session.sweep()
-    assert not (session.uploads / "39").exists()
+    os.utime(session.store.uploads / "39" / "picture.png", (time.time() - 4000,) * 2)
+    session.store.sweep()
+    assert not (session.store.uploads / "39").exists()

@@ -84,9 +84,9 @@ def test_what_is_sent_is_bounded(site):
     for _ in range(12):
         fine = {"files": ("a.png", os.urandom(LIMITS.upload_bytes - 1000))}
         assert httpx.post(f"{address}/upload", files=fine, cookies=cookies).status_code == 200
-    kept = sum(path.stat().st_size for path in site.uploads.rglob("a.png"))
+    kept = sum(path.stat().st_size for path in site.store.uploads.rglob("a.png"))
     assert 6 * 2**20 < kept <= LIMITS.disk_bytes + LIMITS.upload_bytes
-    assert not visitor.http.get(f"/gradio_api/file={site.folder}").is_success
+    assert not visitor.http.get(f"/gradio_api/file={site.store.runs}").is_success
 
 
 def test_the_page_offers_what_is_allowed(site):
@@ -99,8 +99,8 @@ def test_the_page_offers_what_is_allowed(site):
     assert controls["ar-length"].value == 12
     assert site.demo.delete_cache == (600, 3600)
     assert site.demo.max_file_size == LIMITS.upload_bytes
-    assert str(site.uploads) == os.environ["GRADIO_TEMP_DIR"]
-    assert site._of_the_page  # the examples
+    assert str(site.store.uploads) == os.environ["GRADIO_TEMP_DIR"]
+    assert site.store._of_the_page  # the examples
     assert isinstance(build_demo(site).blocks, dict)
 
 

@@ -260,7 +260,7 @@ def test_out_of_memory_is_told_and_what_had_finished_is_kept(session, monkeypatc
     last = list(session.run(GenerationRequest(**SMALL)))[-1]
     assert isinstance(last, Failed)
     assert last.message.startswith("The device ran out of memory; what had finished is kept.")
-    assert last.num_frames == len(session.recover(last.run_id).frames) == 2
+    assert last.num_frames == len(session.store.recover(last.run_id).frames) == 2
     assert " GB free" in session.memory(session.first)
 
 
@@ -443,12 +443,12 @@ def test_an_upload_is_shown_while_another_visitor_runs(slow):
 
 def test_old_runs_are_swept_and_close_removes_everything(session):
     finished = [list(session.run(GenerationRequest(**SMALL, seed=seed)))[-1] for seed in range(2)]
-    session.sweep(max_age=3600)
+    session.store.sweep(max_age=3600)
     assert all(event.video.is_file() for event in finished)
-    session.sweep(max_age=-1)
+    session.store.sweep(max_age=-1)
     assert not any(event.video.exists() for event in finished)
     session.close()
-    assert not session.folder.exists()
+    assert not session.store.runs.exists()
 
 
 def test_speed_is_measured_and_learned(tiny_pipeline):

@@ -127,8 +127,8 @@ def session(machine, tiny_pipeline):
 
 def test_a_run_in_another_process_gives_the_same_frames(session, machine, monkeypatch):
     exported = []
-    export = session.export
-    monkeypatch.setattr(session, "export", lambda *args: exported.append(machine.busy) or export(*args))
+    export = session.store.export
+    monkeypatch.setattr(session.store, "export", lambda *args: exported.append(machine.busy) or export(*args))
     request = GenerationRequest(**SMALL, seed=3)
     REQUEST.set("of the visitor")
     events = list(session.run(request))
