@@ -158,7 +158,9 @@ def add_ablate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_ablate(args: argparse.Namespace) -> None:
-    from ardiff.evaluation.ablation import SIZES, ablate, format_table, write_into
+    from ardiff.evaluation.ablation.reporting import format_table, write_into
+    from ardiff.evaluation.ablation.run import ablate
+    from ardiff.evaluation.ablation.settings import SIZES
     from ardiff.evaluation.plots import import_figure, plot_ablation
     from ardiff.pipelines.loading import bundled_model, choose_device
 
