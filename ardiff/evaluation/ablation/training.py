@@ -9,7 +9,7 @@ from ardiff.evaluation.prediction import NUM_FRAMES
 from ardiff.models.autoencoder_arvae import AutoencoderARVAE
 from ardiff.models.transformer_ardiff import ARDiffTransformerModel
 from ardiff.schedulers.scheduling_ad import ADScheduler
-from ardiff.training.diffusion import DiffusionTrainingConfig, draw_timesteps
+from ardiff.training.diffusion import DiffusionTrainingConfig, draw_timesteps, new_transformer
 from ardiff.training.loop import TrainingRun
 from ardiff.training.losses import diffusion_loss, snr_weight
 
@@ -22,6 +22,10 @@ def train(
     config = DiffusionTrainingConfig(
         out=str(job.run_folder(configuration, seed)),
         seed=seed,
+        num_frames=NUM_FRAMES,
+        width=size.width,
+        depth=size.depth,
+        num_heads=size.num_heads,
         batch_size=size.batch_size,
         num_steps=size.num_steps,
         learning_rate=size.learning_rate,
@@ -39,16 +43,7 @@ def train(
     )
     torch.random.default_generator.manual_seed(seed)
     scheduler = ADScheduler(prediction_type=config.prediction_type)
-    transformer = ARDiffTransformerModel(
-        num_tokens=vae.num_tokens,
-        in_channels=vae.config.latent_channels,
-        width=size.width,
-        depth=size.depth,
-        num_heads=size.num_heads,
-        window=NUM_FRAMES,
-        class_names=list(size.scenes),
-        causal=configuration.causal,
-    )
+    transformer = new_transformer(config, vae, size.scenes, causal=configuration.causal)
     clips = TrainingTokens(job)
     run = TrainingRun(config, transformer.train())
     device = run.accelerator.device
