@@ -9,7 +9,7 @@ import os
 if importlib.util.find_spec("spaces"):
     importlib.import_module("spaces")
 
-from ardiff.cli import add_demo_options, run_demo
+from ardiff.cli.hosting import add_demo_options, run_demo
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The `ardiff` command on the tiny pipeline: options, errors in one line, and frames equal to those of `stream()`."""
 
+import argparse
 import dataclasses
 import json
 import subprocess
@@ -12,6 +13,9 @@ import torch
 from PIL import Image
 
 from ardiff import ARDiffPipeline, cli
+from ardiff.cli.generation import parse_gaps, read_prompt
+from ardiff.cli.options import parse_gap_list
+from ardiff.cli.training import add_config_options, given_options
 from ardiff.data.scenes import contact_sheet
 from ardiff.data.video import read_image, read_video
 
@@ -72,7 +76,7 @@ def test_generate_gives_the_frames_of_stream(model, tmp_path, gap, capsys):
         class_labels=[scene],
         num_frames=4,
         num_inference_steps=3,
-        ar_step=cli.parse_gaps(gap),
+        ar_step=parse_gaps(gap),
         guidance_scale=2.0,
         generator=torch.Generator("cpu").manual_seed(7),
     )
@@ -105,9 +109,9 @@ def test_prompt_is_images_and_the_first_frames_of_videos(tmp_path):
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path, picture in zip(paths, pictures, strict=True):
         Image.fromarray(picture).save(path)
-    np.testing.assert_array_equal(np.stack(cli.read_prompt(paths, None, 16)), pictures)
-    np.testing.assert_array_equal(np.stack(cli.read_prompt(paths, 2, 16)), pictures[:2])
-    assert cli.read_prompt([], None, 16) == []
+    np.testing.assert_array_equal(np.stack(read_prompt(paths, None, 16)), pictures)
+    np.testing.assert_array_equal(np.stack(read_prompt(paths, 2, 16)), pictures[:2])
+    assert read_prompt([], None, 16) == []
 
 
 def test_prompt_video_gives_four_frames_unless_told(model, tmp_path):
@@ -115,8 +119,8 @@ def test_prompt_video_gives_four_frames_unless_told(model, tmp_path):
     run(
         "generate", "--model", model, "--device", "cpu", "--steps", 2, "--num-frames", 6, "--ar-step", 2, "--out", clip
     )
-    assert len(cli.read_prompt([clip], None, 32)) == 4
-    assert len(cli.read_prompt([clip], 5, 32)) == 5
+    assert len(read_prompt([clip], None, 32)) == 4
+    assert len(read_prompt([clip], 5, 32)) == 5
     out = tmp_path / "longer.png"
     short = ["--steps", 2, "--num-frames", 8, "--ar-step", 2]
     run("generate", "--model", model, "--device", "cpu", *short, "--prompt", clip, "--out", out)
@@ -213,9 +217,9 @@ def test_scenes_writes_the_contact_sheet(tmp_path):
 
 
 def test_gaps():
-    assert cli.parse_gaps("5") == 5
-    assert cli.parse_gaps("5,0,50") == [5, 0, 50]
-    assert cli.parse_gap_list("0,5,50") == [0, 5, 50]
+    assert parse_gaps("5") == 5
+    assert parse_gaps("5,0,50") == [5, 0, 50]
+    assert parse_gap_list("0,5,50") == [0, 5, 50]
 
 
 def test_a_gap_that_is_no_number_is_refused(capsys):
@@ -253,10 +257,10 @@ class Config:
 )
 def test_config_options_replace_fields_of_the_preset(argv, expected):
     presets = {"scenes-64-cpu": Config(steps=20), "other": Config(rate=2.0)}
-    parser = cli.argparse.ArgumentParser()
-    cli.add_config_options(parser, Config, sorted(presets))
+    parser = argparse.ArgumentParser()
+    add_config_options(parser, Config, sorted(presets))
     args = parser.parse_args(argv)
-    assert dataclasses.replace(presets[args.preset], **cli.given_options(args, Config)) == expected
+    assert dataclasses.replace(presets[args.preset], **given_options(args, Config)) == expected
     assert "how long" in parser.format_help()
     assert "50 % of it" in parser.format_help()
 

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,7 +154,7 @@ def label_by_folder(videos: Sequence[Video]) -> tuple[list[Video], tuple[str, ..
     return [replace(video, label=label) for video, label in zip(videos, labels, strict=True)], names
 
 
-class RandomClips(Dataset):
+class RandomClips(Dataset, ABC):
     """Batches of clips at random places of random videos; the base of clips of frames and of cached latents.
 
     The first random number of a clip chooses the video, the second the place in it. A video that is damaged, or too short
@@ -176,23 +177,23 @@ class RandomClips(Dataset):
         self.left_out: dict[str, str] = {}
         self._lengths: dict[tuple[int, bool], int] = {}
 
-    def name_of(self, index: int) -> str:
-        raise NotImplementedError
+    @property
+    @abstractmethod
+    def num_videos(self) -> int: ...
 
-    def label_of(self, index: int) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def name_of(self, index: int) -> str: ...
 
+    @abstractmethod
+    def label_of(self, index: int) -> int: ...
+
+    @abstractmethod
     def count_frames(self, index: int, exact: bool = False) -> int:
         """Frames of a video; `exact` when what it says of itself turned out wrong."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, index: int, start: int) -> torch.Tensor:
         """`num_frames` frames of a video from `start` on, or as many as there are."""
-        raise NotImplementedError
-
-    @property
-    def num_videos(self) -> int:
-        raise NotImplementedError
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = step_generator(self.seed, step, self.rank)
@@ -243,20 +244,10 @@ class RandomClips(Dataset):
 
 
 class VideoClips(RandomClips):
-    """Random clips of videos, uint8 (B, F, S, S, 3)."""
+    """Random clips of videos, uint8 (B, F, S, S, 3); after `videos` the arguments of `RandomClips`."""
 
-    def __init__(
-        self,
-        videos: Sequence[Video],
-        class_names: Sequence[str],
-        batch_size: int,
-        num_frames: int,
-        size: int,
-        seed: int,
-        rank: int = 0,
-        stride: int = 1,
-    ):
-        super().__init__(class_names, batch_size, num_frames, size, seed, rank, stride)
+    def __init__(self, videos: Sequence[Video], *arguments: object, **options: object):
+        super().__init__(*arguments, **options)
         self.videos = list(videos)
 
     @property

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ardiff.data.drawing import between, colour_wheel, coverage, hex_colours, paint, palette, smoothstep, sphere
+
 
 SCENES = ("balls", "planets", "clouds", "sunset", "pendulum", "balloons")
 # Every scene: balls, planets and the pendulum obey one law with the same constants in all clips; clouds are all in
@@ -139,77 +141,26 @@ def _draw_pictures(scene: str, state: State, size: int) -> np.ndarray:
     return pictures
 
 
-# Small tools. Drawing functions take x (1, 1, 1, W), y (1, 1, H, 1) and numbers (M, 1, 1, 1).
-
-
-def _between(draw: Tensor, low: float, high: float) -> Tensor:
-    return low + (high - low) * draw
-
-
-def _hue(hue: Tensor, mean: float = 0.56, swing: float = 0.36) -> Tensor:
-    """A smooth colour wheel: (...) in turns -> (..., 3)."""
-    phase = torch.tensor([0.0, 1 / 3, 2 / 3], dtype=hue.dtype)
-    return mean + swing * torch.cos(2 * math.pi * (hue.unsqueeze(-1) - phase))
-
-
-def _rgb(*colours: str) -> Tensor:
-    """Hex colours as (number of colours, 3) float64."""
-    values = [[int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)] for colour in colours]
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def _palette(position: Tensor, colours: Tensor) -> Tensor:
-    """Colours (K, 3) at positions (...) in [0, K - 1], smoothly interpolated: (..., 3)."""
-    position = position.clamp(0, len(colours) - 1)
-    index = position.floor().clamp(max=len(colours) - 2)
-    share = (position - index).unsqueeze(-1)
-    index = index.long()
-    return colours[index].lerp(colours[index + 1], share * share * (3 - 2 * share))
-
-
-def _smooth(value: Tensor) -> Tensor:
-    value = value.clamp(0, 1)
-    return value * value * (3 - 2 * value)
-
-
-def _cover(distance: Tensor, size: int) -> Tensor:
-    """Share of a pixel inside a shape, from the signed distance of its centre (negative inside)."""
-    return distance.mul(-size).add_(0.5).clamp_(0, 1)
-
-
-def _paint(canvas: Tensor, colour: Tensor, cover: Tensor) -> Tensor:
-    """Lays a colour (M, 3, H or 1, W or 1) over the canvas (M, 3, H, W) where cover (M, 1, H, W) says."""
-    return torch.lerp(canvas, colour, cover)
-
-
 def _full(canvas: Tensor, size: int) -> Tensor:
+    """A canvas of its own for every picture, from one that rows, columns or pictures share."""
     return canvas.expand(_BLOCK, 3, size, size)
 
 
-def _sphere(canvas: Tensor, size: int, dx: Tensor, dy: Tensor, radius: Tensor, colour: Tensor, seen: Tensor) -> Tensor:
-    """A shaded ball, lit from the upper left; dx and dy are measured from its centre."""
-    cover = _cover((dx * dx + dy * dy).sqrt_().sub_(radius), size).mul_(seen)
-    across, down = dx / radius + 0.34, dy / radius + 0.40
-    from_light = across * across + down * down
-    shine = torch.exp(-6 * from_light).mul_(0.45)
-    return _paint(canvas, colour * (1.12 - 0.36 * from_light) + shine, cover)
-
-
-# balls
+# --- balls ------------------------------------------------------------------------------------------------------
 
 
 def _balls_state(draws: Tensor, time: Tensor) -> State:
     def pick(*columns: int) -> Tensor:
         return draws[:, list(columns)]
 
-    radius = _between(pick(0, 1), 0.095, 0.14)
+    radius = between(pick(0, 1), 0.095, 0.14)
     floor = BALL_FLOOR - radius
-    vx = _between(pick(2, 3), 0.008, 0.035) * torch.where(pick(4, 5) < 0.5, -1.0, 1.0)
-    x = _between(pick(6, 7), 0.0, 1.0) * (1 - 2 * radius) + radius
-    vy = _between(pick(8, 9), -0.035, 0.035)
+    vx = between(pick(2, 3), 0.008, 0.035) * torch.where(pick(4, 5) < 0.5, -1.0, 1.0)
+    x = between(pick(6, 7), 0.0, 1.0) * (1 - 2 * radius) + radius
+    vy = between(pick(8, 9), -0.035, 0.035)
     # high enough for its speed not to take it over the top
     highest = radius + vy * vy / (2 * BALL_GRAVITY)
-    y = highest + (floor - highest).clamp(min=0) * _between(pick(10, 11), 0.0, 0.85)
+    y = highest + (floor - highest).clamp(min=0) * between(pick(10, 11), 0.0, 0.85)
     xs, ys, vxs, vys = [], [], [], []
     for _ in range(len(time)):
         xs.append(x)
@@ -233,22 +184,22 @@ def _balls_state(draws: Tensor, time: Tensor) -> State:
     sky = draws[:, 13:14]
     state = {
         "seen1": (draws[:, 15:16] < 0.6).double(),
-        "high": _hue(0.50 + 0.27 * sky, 0.60, 0.17),
-        "low": _hue(0.02 + 0.22 * sky, 0.88, 0.09),
-        "ground": _hue(0.55 + 0.5 * sky, 0.46, 0.10),
+        "high": colour_wheel(0.50 + 0.27 * sky, 0.60, 0.17),
+        "low": colour_wheel(0.02 + 0.22 * sky, 0.88, 0.09),
+        "ground": colour_wheel(0.55 + 0.5 * sky, 0.46, 0.10),
     }
-    for ball, ball_hue in enumerate((hue, hue + _between(draws[:, 14:15], 0.33, 0.67))):
+    for ball, ball_hue in enumerate((hue, hue + between(draws[:, 14:15], 0.33, 0.67))):
         state[f"radius{ball}"] = radius[:, ball : ball + 1]
-        state[f"colour{ball}"] = _hue(ball_hue, 0.55, 0.37)
+        state[f"colour{ball}"] = colour_wheel(ball_hue, 0.55, 0.37)
         for name, values in (("x", xs), ("y", ys), ("vx", vxs), ("vy", vys)):
             state[f"{name}{ball}"] = torch.stack(values, dim=1)[..., ball]
     return state
 
 
 def _balls_draw(s: State, x: Tensor, y: Tensor, size: int) -> Tensor:
-    sky = torch.lerp(s["high"], s["low"], _smooth(y / 0.8))
+    sky = torch.lerp(s["high"], s["low"], smoothstep(y / 0.8))
     ground = s["ground"] * (0.86 + 1.2 * (y - 0.76))
-    canvas = _full(_paint(sky, ground, _cover(0.78 - y, size)), size)
+    canvas = _full(paint(sky, ground, coverage(0.78 - y, size)), size)
     shown = ((0, torch.ones_like(s["seen1"])), (1, s["seen1"]))
     for ball, seen in shown:
         radius = s[f"radius{ball}"]
@@ -259,27 +210,27 @@ def _balls_draw(s: State, x: Tensor, y: Tensor, size: int) -> Tensor:
         canvas = canvas * (1 - shadow)
     for ball, seen in shown:
         dx, dy = x - s[f"x{ball}"], y - s[f"y{ball}"]
-        canvas = _sphere(canvas, size, dx, dy, s[f"radius{ball}"], s[f"colour{ball}"], seen)
+        canvas = sphere(canvas, size, dx, dy, s[f"radius{ball}"], s[f"colour{ball}"], seen)
     return canvas
 
 
-# planets
+# --- planets ----------------------------------------------------------------------------------------------------
 
 
 def _planets_state(draws: Tensor, time: Tensor) -> State:
-    sun_x, sun_y = _between(draws[:, 0:1], 0.48, 0.52), _between(draws[:, 1:2], 0.48, 0.52)
+    sun_x, sun_y = between(draws[:, 0:1], 0.48, 0.52), between(draws[:, 1:2], 0.48, 0.52)
     state = {
         "sun_x": sun_x,
         "sun_y": sun_y,
-        "sun_radius": _between(draws[:, 2:3], 0.085, 0.105),
-        "sun_colour": _palette(2 * draws[:, 3:4], _rgb("ff8a4c", "ffb84a", "ffe36e")),
-        "space": _palette(2 * draws[:, 4:5], _rgb("10183a", "1b1440", "0f2338")),
+        "sun_radius": between(draws[:, 2:3], 0.085, 0.105),
+        "sun_colour": palette(2 * draws[:, 3:4], hex_colours("ff8a4c", "ffb84a", "ffe36e")),
+        "space": palette(2 * draws[:, 4:5], hex_colours("10183a", "1b1440", "0f2338")),
     }
     hue = draws[:, 5:6]
     # which of the three orbits are taken: always at least one
     first = (draws[:, 6:7] * 3).floor()
     for planet, slot in enumerate((0.20, 0.31, 0.41)):
-        orbit = slot + _between(draws[:, 7 + planet : 8 + planet], -0.015, 0.015)
+        orbit = slot + between(draws[:, 7 + planet : 8 + planet], -0.015, 0.015)
         omega = KEPLER * orbit**-1.5
         angle = 2 * math.pi * draws[:, 10 + planet : 11 + planet] + omega * time
         taken = (first == planet) | (draws[:, 13 + planet : 14 + planet] < 0.5)
@@ -291,8 +242,10 @@ def _planets_state(draws: Tensor, time: Tensor) -> State:
             f"y{planet}": sun_y - orbit * torch.sin(angle),
             f"toward_x{planet}": -torch.cos(angle),
             f"toward_y{planet}": torch.sin(angle),
-            f"radius{planet}": _between(draws[:, 16 + planet : 17 + planet], 0.052, 0.062) + 0.004 * planet,
-            f"colour{planet}": _hue(hue + 0.31 * planet + 0.1 * draws[:, 19 + planet : 20 + planet], 0.58, 0.36),
+            f"radius{planet}": between(draws[:, 16 + planet : 17 + planet], 0.052, 0.062) + 0.004 * planet,
+            f"colour{planet}": colour_wheel(
+                hue + 0.31 * planet + 0.1 * draws[:, 19 + planet : 20 + planet], 0.58, 0.36
+            ),
         }
     return state
 
@@ -308,45 +261,45 @@ def _planets_draw(s: State, x: Tensor, y: Tensor, size: int) -> Tensor:
     glow += torch.exp(-distance / 0.30).mul_(0.16)
     canvas = (s["space"] * (1.25 - 0.5 * y) + 0.6 * stars) + s["sun_colour"] * glow
     core = s["sun_colour"] + (1 - s["sun_colour"]) * torch.exp(-((distance / s["sun_radius"]) ** 2) * 1.6).mul_(0.85)
-    canvas = _paint(canvas, core, _cover(distance - s["sun_radius"], size))
+    canvas = paint(canvas, core, coverage(distance - s["sun_radius"], size))
     for planet in range(3):
         radius = s[f"radius{planet}"]
         dx, dy = x - s[f"x{planet}"], y - s[f"y{planet}"]
-        cover = _cover((dx * dx + dy * dy).sqrt_().sub_(radius), size).mul_(s[f"seen{planet}"])
+        cover = coverage((dx * dx + dy * dy).sqrt_().sub_(radius), size).mul_(s[f"seen{planet}"])
         toward = dx * (s[f"toward_x{planet}"] / radius) + dy * (s[f"toward_y{planet}"] / radius)
-        light = _smooth(0.55 + 0.55 * toward).mul_(0.82).add_(0.36)
-        canvas = _paint(canvas, s[f"colour{planet}"] * light, cover)
+        light = smoothstep(0.55 + 0.55 * toward).mul_(0.82).add_(0.36)
+        canvas = paint(canvas, s[f"colour{planet}"] * light, cover)
     return canvas
 
 
-# clouds
+# --- clouds -----------------------------------------------------------------------------------------------------
 
 _PUFFS = 4
 _CLOUDS = ((0.00, 0), (0.62, 2), (0.30, 4), (0.45, 1), (0.82, 3))  # where across, which of five heights
 # dawn, morning, noon, afternoon, dusk, night, and dawn again
-_SKY_HIGH = _rgb("5a6fb5", "4d94d6", "2f7fd0", "4b86c8", "4a3f86", "131b45", "5a6fb5")
-_SKY_LOW = _rgb("ffc6a0", "d6ecf5", "b5e0f7", "ffe0b0", "ff8a6b", "3b4480", "ffc6a0")
-_CLOUD_TOP = _rgb("ffeade", "ffffff", "ffffff", "fff6e6", "ffc9a8", "8089bd", "ffeade")
-_CLOUD_BASE = _rgb("c58fa6", "b9c9dd", "b4c8e0", "d3b6a6", "8a5585", "3c4378", "c58fa6")
+_SKY_HIGH = hex_colours("5a6fb5", "4d94d6", "2f7fd0", "4b86c8", "4a3f86", "131b45", "5a6fb5")
+_SKY_LOW = hex_colours("ffc6a0", "d6ecf5", "b5e0f7", "ffe0b0", "ff8a6b", "3b4480", "ffc6a0")
+_CLOUD_TOP = hex_colours("ffeade", "ffffff", "ffffff", "fff6e6", "ffc9a8", "8089bd", "ffeade")
+_CLOUD_BASE = hex_colours("c58fa6", "b9c9dd", "b4c8e0", "d3b6a6", "8a5585", "3c4378", "c58fa6")
 
 
 def _clouds_state(draws: Tensor, time: Tensor) -> State:
-    wind = _between(draws[:, 0:1], 0.010, 0.032) * torch.where(draws[:, 1:2] < 0.5, -1.0, 1.0)
+    wind = between(draws[:, 0:1], 0.010, 0.032) * torch.where(draws[:, 1:2] < 0.5, -1.0, 1.0)
     hour = draws[:, 2:3] + HOURS_PER_FRAME * time
     position = (hour % 1.0) * 6
     state = {
         "wind": wind,
         "hour": hour,
         "drift": wind * time,
-        "sky_high": _palette(position, _SKY_HIGH),
-        "sky_low": _palette(position, _SKY_LOW),
-        "cloud_top": _palette(position, _CLOUD_TOP),
-        "cloud_base": _palette(position, _CLOUD_BASE),
+        "sky_high": palette(position, _SKY_HIGH),
+        "sky_low": palette(position, _SKY_LOW),
+        "cloud_top": palette(position, _CLOUD_TOP),
+        "cloud_base": palette(position, _CLOUD_BASE),
     }
     puffs = {"puff_x": [], "base": [], "wide": [], "tall": [], "weight": []}
     for cloud, (across, band) in enumerate(_CLOUDS):
         own = draws[:, 4 + 10 * cloud : 14 + 10 * cloud]
-        scale = _between(own[:, 0:1], 0.75, 1.15)
+        scale = between(own[:, 0:1], 0.75, 1.15)
         # three clouds always, two more in some clips; heights in separate bands so that they do not all overlap
         here = torch.ones_like(scale) if cloud < 3 else (draws[:, 3:4] * 3 >= cloud - 2).double()
         middle = across + draws[:, 54:55] + 0.24 * own[:, 1:2]
@@ -364,7 +317,7 @@ def _clouds_state(draws: Tensor, time: Tensor) -> State:
 
 
 def _clouds_draw(s: State, x: Tensor, y: Tensor, size: int) -> Tensor:
-    canvas = _full(torch.lerp(s["sky_high"], s["sky_low"], _smooth(y * 1.05)), size)
+    canvas = _full(torch.lerp(s["sky_high"], s["sky_low"], smoothstep(y * 1.05)), size)
     puff = {name: s[name][..., 0] for name in ("puff_x", "base", "wide", "tall", "weight")}  # (M, K, 1)
     dx = x[:, 0] - (puff["puff_x"] + s["drift"][..., 0])
     dx = (dx - dx.round()) / puff["wide"]  # the nearest of the copies one picture width apart
@@ -374,67 +327,67 @@ def _clouds_draw(s: State, x: Tensor, y: Tensor, size: int) -> Tensor:
     columns = torch.exp(-dx * dx)
     density = torch.einsum("mkh,mkw->mhw", rows, columns)
     height = torch.einsum("mkh,mkw->mhw", rows * (up / 0.12), columns) / (density + 0.05)
-    cover = _smooth((density - 0.22) / 0.55).unsqueeze(1)
-    light = _smooth(0.30 + 0.75 * height).unsqueeze(1)
-    return _paint(canvas, torch.lerp(s["cloud_base"], s["cloud_top"], light), cover.mul_(0.96))
+    cover = smoothstep((density - 0.22) / 0.55).unsqueeze(1)
+    light = smoothstep(0.30 + 0.75 * height).unsqueeze(1)
+    return paint(canvas, torch.lerp(s["cloud_base"], s["cloud_top"], light), cover.mul_(0.96))
 
 
-# sunset
+# --- sunset -----------------------------------------------------------------------------------------------------
 
 # by the sun's height: far below the horizon, below, on it, low, high
-_DUSK_HIGH = _rgb("0f1233", "1d1d52", "4a3f8f", "5470b8", "4f94d8")
-_DUSK_LOW = _rgb("20204f", "6d2f6e", "ff7a45", "ffb877", "cfe6f2")
-_DUSK_SUN = _rgb("d8362a", "f0502e", "ff8c3a", "ffc65c", "fff1bf")
+_DUSK_HIGH = hex_colours("0f1233", "1d1d52", "4a3f8f", "5470b8", "4f94d8")
+_DUSK_LOW = hex_colours("20204f", "6d2f6e", "ff7a45", "ffb877", "cfe6f2")
+_DUSK_SUN = hex_colours("d8362a", "f0502e", "ff8c3a", "ffc65c", "fff1bf")
 
 
 def _sunset_state(draws: Tensor, time: Tensor) -> State:
     rises = draws[:, 0:1] < 0.5
-    speed = _between(draws[:, 1:2], 0.010, 0.021)
-    start = torch.where(rises, _between(draws[:, 2:3], 0.40, 0.67), _between(draws[:, 2:3], 0.16, 0.50))
+    speed = between(draws[:, 1:2], 0.010, 0.021)
+    start = torch.where(rises, between(draws[:, 2:3], 0.40, 0.67), between(draws[:, 2:3], 0.16, 0.50))
     sun_y = start + torch.where(rises, -speed, speed) * time
     position = 2 + (SUNSET_HORIZON - sun_y) * torch.where(sun_y < SUNSET_HORIZON, 4.0, 6.0)
-    tint = (_hue(draws[:, 3:4], 0.0, 0.05)).expand(-1, len(time), -1)
+    tint = (colour_wheel(draws[:, 3:4], 0.0, 0.05)).expand(-1, len(time), -1)
     return {
-        "sun_x": _between(draws[:, 4:5], 0.28, 0.72),
+        "sun_x": between(draws[:, 4:5], 0.28, 0.72),
         "sun_y": sun_y,
-        "sun_radius": _between(draws[:, 5:6], 0.085, 0.11),
-        "sun_colour": _palette(position, _DUSK_SUN),
-        "sky_high": _palette(position, _DUSK_HIGH) + tint,
-        "sky_low": _palette(position, _DUSK_LOW) + tint,
+        "sun_radius": between(draws[:, 5:6], 0.085, 0.11),
+        "sun_colour": palette(position, _DUSK_SUN),
+        "sky_high": palette(position, _DUSK_HIGH) + tint,
+        "sky_low": palette(position, _DUSK_LOW) + tint,
         # the sun's light fades away once it is below the horizon
-        "shine": _smooth((SUNSET_HORIZON + 0.20 - sun_y) / 0.30),
+        "shine": smoothstep((SUNSET_HORIZON + 0.20 - sun_y) / 0.30),
         "phase": 2 * math.pi * draws[:, 6:7] - 0.55 * time,
     }
 
 
 def _sunset_draw(s: State, x: Tensor, y: Tensor, size: int) -> Tensor:
-    sky = torch.lerp(s["sky_high"], s["sky_low"], _smooth(y / SUNSET_HORIZON))
+    sky = torch.lerp(s["sky_high"], s["sky_low"], smoothstep(y / SUNSET_HORIZON))
     dx, dy = x - s["sun_x"], y - s["sun_y"]
     distance = (dx * dx + dy * dy).sqrt_()
     glow = torch.exp((s["sun_radius"] - distance) / 0.16).clamp_(max=1).mul_(s["shine"] * 0.55)
-    canvas = _paint(_full(sky, size), s["sun_colour"], glow)
+    canvas = paint(_full(sky, size), s["sun_colour"], glow)
     disc = s["sun_colour"] + (1 - s["sun_colour"]) * (0.35 - 0.25 * dy / s["sun_radius"]).clamp_(0, 0.7)
-    canvas = _paint(canvas, disc, _cover(distance - s["sun_radius"], size))
+    canvas = paint(canvas, disc, coverage(distance - s["sun_radius"], size))
     # water: the sky upside down and darker, with waves that grow towards the viewer
     depth = ((y - SUNSET_HORIZON) / (1 - SUNSET_HORIZON)).clamp(min=0)
     wave = torch.sin(2 * math.pi * 3.6 * depth.sqrt() + s["phase"])  # (M, 1, H, 1)
-    water = torch.lerp(s["sky_low"], s["sky_high"], _smooth(depth * 0.9)) * (0.60 - 0.22 * depth)
+    water = torch.lerp(s["sky_low"], s["sky_high"], smoothstep(depth * 0.9)) * (0.60 - 0.22 * depth)
     water = water * (1 + 0.10 * wave * depth)
     across = (dx + 0.035 * wave * depth.sqrt()) / (s["sun_radius"] * (0.62 + 0.85 * depth))
     column = torch.exp(-across * across) * ((0.62 + 0.34 * wave) * s["shine"] * (0.95 - 0.35 * depth))
-    water = _paint(_full(water, size), s["sun_colour"] * 0.92 + 0.08, column)
-    return _paint(canvas, water, _cover(SUNSET_HORIZON - y, size).expand(_BLOCK, 1, size, size))
+    water = paint(_full(water, size), s["sun_colour"] * 0.92 + 0.08, column)
+    return paint(canvas, water, coverage(SUNSET_HORIZON - y, size).expand(_BLOCK, 1, size, size))
 
 
-# pendulum
+# --- pendulum ---------------------------------------------------------------------------------------------------
 
 
 def _pendulum_state(draws: Tensor, time: Tensor) -> State:
-    length = _between(draws[:, 0:1], 0.42, 0.64)
-    reach = _between(draws[:, 1:2], 0.15, 0.30)
+    length = between(draws[:, 0:1], 0.42, 0.64)
+    reach = between(draws[:, 1:2], 0.15, 0.30)
     omega = torch.sqrt(PENDULUM_GRAVITY / length)
     angle = torch.asin(reach / length) * torch.cos(omega * time + 2 * math.pi * draws[:, 2:3])
-    pivot_x = _between(draws[:, 3:4], 0.46, 0.54)
+    pivot_x = between(draws[:, 3:4], 0.46, 0.54)
     room = draws[:, 4:5]
     return {
         "length": length,
@@ -444,17 +397,17 @@ def _pendulum_state(draws: Tensor, time: Tensor) -> State:
         "rod_y": torch.cos(angle),
         "x": pivot_x + length * torch.sin(angle),
         "y": 0.07 + length * torch.cos(angle),
-        "radius": _between(draws[:, 5:6], 0.10, 0.13),
-        "colour": _hue(room + _between(draws[:, 6:7], 0.3, 0.7), 0.54, 0.40),
-        "wall": _hue(room, 0.74, 0.13),
-        "floor": _hue(room + 0.08, 0.42, 0.10),
+        "radius": between(draws[:, 5:6], 0.10, 0.13),
+        "colour": colour_wheel(room + between(draws[:, 6:7], 0.3, 0.7), 0.54, 0.40),
+        "wall": colour_wheel(room, 0.74, 0.13),
+        "floor": colour_wheel(room + 0.08, 0.42, 0.10),
     }
 
 
 def _pendulum_draw(s: State, x: Tensor, y: Tensor, size: int) -> Tensor:
     lamp = torch.exp(-((x - 0.32) ** 2)) * torch.exp(-((y - 0.22) ** 2) * 1.4)
     canvas = s["wall"] * (0.46 + 0.68 * lamp)
-    canvas = _paint(canvas, s["floor"] * (1.5 - 0.6 * y), _cover(0.90 - y, size).expand(_BLOCK, 1, size, size))
+    canvas = paint(canvas, s["floor"] * (1.5 - 0.6 * y), coverage(0.90 - y, size).expand(_BLOCK, 1, size, size))
     dx, dy = x - s["x"], y - s["y"]
     # on the wall behind, down and to the right, as the lamp is up and to the left
     away = ((dx - 0.055) ** 2 + (dy - 0.060) ** 2) / (s["radius"] * 1.05) ** 2
@@ -462,11 +415,11 @@ def _pendulum_draw(s: State, x: Tensor, y: Tensor, size: int) -> Tensor:
     rod_shadow = _rod_distance(s, pivot_x - 0.03, pivot_y - 0.04)
     shadow = torch.exp(-away * away).mul_(0.42) + torch.exp(-((rod_shadow / 0.022) ** 2)).mul_(0.16)
     canvas = canvas * (1 - shadow.clamp_(max=0.45))
-    rod = _cover(_rod_distance(s, pivot_x, pivot_y) - 0.013, size)
-    canvas = _paint(canvas, torch.full((1, 3, 1, 1), 0.20), rod)
-    pivot = _cover((pivot_x * pivot_x + pivot_y * pivot_y).sqrt_() - 0.030, size)
-    canvas = _paint(canvas, torch.full((1, 3, 1, 1), 0.27), pivot)
-    return _sphere(canvas, size, dx, dy, s["radius"], s["colour"], torch.ones_like(s["x"]))
+    rod = coverage(_rod_distance(s, pivot_x, pivot_y) - 0.013, size)
+    canvas = paint(canvas, torch.full((1, 3, 1, 1), 0.20), rod)
+    pivot = coverage((pivot_x * pivot_x + pivot_y * pivot_y).sqrt_() - 0.030, size)
+    canvas = paint(canvas, torch.full((1, 3, 1, 1), 0.27), pivot)
+    return sphere(canvas, size, dx, dy, s["radius"], s["colour"], torch.ones_like(s["x"]))
 
 
 def _rod_distance(s: State, dx: Tensor, dy: Tensor) -> Tensor:
@@ -475,52 +428,52 @@ def _rod_distance(s: State, dx: Tensor, dy: Tensor) -> Tensor:
     return ((dx - along * s["rod_x"]) ** 2 + (dy - along * s["rod_y"]) ** 2).sqrt_()
 
 
-# balloons
+# --- balloons ---------------------------------------------------------------------------------------------------
 
 
 def _balloons_state(draws: Tensor, time: Tensor) -> State:
     mood = draws[:, 0:1]
     state = {
-        "sky_high": _palette(3 * mood, _rgb("3f86cf", "5a8fd0", "6a6fb8", "4a4f9a")),
-        "sky_low": _palette(3 * mood, _rgb("d5eefa", "fde6c4", "ffc8a0", "ff9f8a")),
-        "hill_far": _palette(3 * draws[:, 1:2], _rgb("6fa79b", "7fa36f", "8d8fae", "6f8fb8")),
-        "hill_near": _palette(3 * draws[:, 1:2], _rgb("3f7d5c", "4f7f45", "56557f", "3d5f85")),
+        "sky_high": palette(3 * mood, hex_colours("3f86cf", "5a8fd0", "6a6fb8", "4a4f9a")),
+        "sky_low": palette(3 * mood, hex_colours("d5eefa", "fde6c4", "ffc8a0", "ff9f8a")),
+        "hill_far": palette(3 * draws[:, 1:2], hex_colours("6fa79b", "7fa36f", "8d8fae", "6f8fb8")),
+        "hill_near": palette(3 * draws[:, 1:2], hex_colours("3f7d5c", "4f7f45", "56557f", "3d5f85")),
         "phase_far": 2 * math.pi * draws[:, 2:3],
         "phase_near": 2 * math.pi * draws[:, 3:4],
     }
     count = 1 + (draws[:, 4:5] * 3).floor()
-    wind = _between(draws[:, 5:6], -0.007, 0.007)
-    rise = _between(draws[:, 6:7], 0.011, 0.024)
+    wind = between(draws[:, 5:6], -0.007, 0.007)
+    rise = between(draws[:, 6:7], 0.011, 0.024)
     span = 1 + 2 * BALLOON_MARGIN
     lane = (3 * draws[:, 16:17]).floor()
     for balloon, (smallest, largest) in enumerate(((0.100, 0.115), (0.115, 0.130), (0.130, 0.150))):
         own = draws[:, 7 + 3 * balloon : 10 + 3 * balloon]
-        radius = _between(own[:, 0:1], smallest, largest)
+        radius = between(own[:, 0:1], smallest, largest)
         near = radius / 0.15  # nearer ones are larger and faster
         start_x = 0.20 + 0.30 * ((lane + balloon) % 3) + 0.08 * (own[:, 1:2] - 0.5)
-        start_y = _between(own[:, 2:3], 0.18, 0.62)
+        start_y = between(own[:, 2:3], 0.18, 0.62)
         hue = draws[:, 17 + 2 * balloon : 18 + 2 * balloon]
-        stripe_hue = hue + _between(draws[:, 18 + 2 * balloon : 19 + 2 * balloon], 0.1, 0.3)
+        stripe_hue = hue + between(draws[:, 18 + 2 * balloon : 19 + 2 * balloon], 0.1, 0.3)
         state |= {
             # the largest ones first: a single balloon is a near one
             f"seen{balloon}": (count >= 3 - balloon).double(),
             f"radius{balloon}": radius,
             f"x{balloon}": (start_x + wind * near * time + BALLOON_MARGIN) % span - BALLOON_MARGIN,
             f"y{balloon}": (start_y - rise * near * time + BALLOON_MARGIN) % span - BALLOON_MARGIN,
-            f"colour{balloon}": _hue(hue, 0.54, 0.42),
-            f"stripe{balloon}": _hue(stripe_hue, 0.82, 0.16),
+            f"colour{balloon}": colour_wheel(hue, 0.54, 0.42),
+            f"stripe{balloon}": colour_wheel(stripe_hue, 0.82, 0.16),
         }
     return state
 
 
 def _balloons_draw(s: State, x: Tensor, y: Tensor, size: int) -> Tensor:
-    canvas = _full(torch.lerp(s["sky_high"], s["sky_low"], _smooth(y / 0.85)), size)
+    canvas = _full(torch.lerp(s["sky_high"], s["sky_low"], smoothstep(y / 0.85)), size)
     far = 0.78 + 0.045 * torch.sin(5.2 * x + s["phase_far"])
-    canvas = _paint(canvas, s["hill_far"] * (1.35 - 0.4 * y), _cover(far - y, size))
+    canvas = paint(canvas, s["hill_far"] * (1.35 - 0.4 * y), coverage(far - y, size))
     for balloon in range(3):
         canvas = _balloon(canvas, s, balloon, x, y, size)
     near = 0.88 + 0.040 * torch.sin(4.1 * x + s["phase_near"])
-    return _paint(canvas, s["hill_near"] * (1.75 - 0.8 * y), _cover(near - y, size))
+    return paint(canvas, s["hill_near"] * (1.75 - 0.8 * y), coverage(near - y, size))
 
 
 def _balloon(canvas: Tensor, s: State, balloon: int, x: Tensor, y: Tensor, size: int) -> Tensor:
@@ -533,7 +486,7 @@ def _balloon(canvas: Tensor, s: State, balloon: int, x: Tensor, y: Tensor, size:
     ropes = torch.maximum(width - 0.21, (down - 1.48).abs() - 0.12)
     dark = torch.tensor([0.36, 0.23, 0.16]).view(1, 3, 1, 1)
     cover = torch.maximum((0.5 - basket * scaled).clamp_(0, 1), (0.5 - ropes * scaled).clamp_(0, 1).mul_(0.4))
-    canvas = _paint(canvas, dark, cover * seen)
+    canvas = paint(canvas, dark, cover * seen)
     # the envelope: a large circle, a small one at `throat` below it, and the cone which touches both
     throat, small = 1.25, 0.25
     lean = (1 - small) / throat
@@ -549,7 +502,10 @@ def _balloon(canvas: Tensor, s: State, balloon: int, x: Tensor, y: Tensor, size:
     from_light = (side + 0.35) ** 2 + (down + 0.35) ** 2
     light = (1.12 - 0.17 * from_light).clamp_(min=0.5)
     colour = torch.lerp(s[f"colour{balloon}"], s[f"stripe{balloon}"], stripe) * light
-    return _paint(canvas, colour, (0.5 - distance * scaled).clamp_(0, 1).mul_(seen))
+    return paint(canvas, colour, (0.5 - distance * scaled).clamp_(0, 1).mul_(seen))
+
+
+# --- all of them ------------------------------------------------------------------------------------------------
 
 
 _STATE = {

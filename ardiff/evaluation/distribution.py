@@ -35,6 +35,7 @@ from ardiff.evaluation.prediction import (
     NUM_PROMPT_FRAMES,
     PREDICTION_FIGURES,
     HeldOutClip,
+    check_fields,
     new_frames_psnr,
     new_frames_ssim,
 )
@@ -87,21 +88,14 @@ class Protocol:
             ValueError: one sentence naming the argument, what is allowed and what came.
         """
         ranges = {
-            "num_clips": (self.num_clips, 2, MAX_CLIPS),
-            "num_frames": (self.num_frames, 1, 100_000),
-            "stride": (self.stride, 1, 10_000),
-            "size": (self.size, 0, 4096),
-            "seed": (self.seed, 0, MAX_SEED),
-            "bootstrap": (self.bootstrap, 0, 100_000),
+            "num_clips": (2, MAX_CLIPS),
+            "num_frames": (1, 100_000),
+            "stride": (1, 10_000),
+            "size": (0, 4096),
+            "seed": (0, MAX_SEED),
+            "bootstrap": (0, 100_000),
         }
-        for name, (value, low, high) in ranges.items():
-            if not low <= value <= high:
-                raise ValueError(f"`{name}` must be in [{low}, {high}] but is {value}.")
-        if self.bootstrap == 1:
-            raise ValueError("`bootstrap` must be 0 or at least 2 but is 1.")
-        for name, value, allowed in (("clips", self.clips, PLACES), ("dtype", self.dtype, DTYPES)):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)} but is {value!r}.")
+        check_fields(self, ranges, {"clips": PLACES, "dtype": DTYPES})
         if self.data == "scenes" and (self.stride > 1 or self.clips != "random"):
             raise ValueError("`stride` must be 1 and `clips` random for rendered scenes.")
         if self.prediction_gaps and self.num_frames <= NUM_PROMPT_FRAMES:

@@ -16,19 +16,10 @@ import torch
 from ardiff.data.pixels import to_pixels
 from ardiff.data.scenes import SCENES
 from ardiff.data.video import read_image
-from ardiff.evaluation.ablation import (
-    BASE,
-    CHUNK,
-    CONFIGURATIONS,
-    LABELS,
-    LOSS_TIMESTEPS,
-    NUM_FRAMES,
-    column_value,
-    interval,
-    loss_by_timestep,
-    write_csv,
-)
-from ardiff.evaluation.prediction import HeldOutClip, render_openings, run_pipeline
+from ardiff.evaluation.ablation.measuring import LOSS_TIMESTEPS, loss_by_timestep
+from ardiff.evaluation.ablation.reporting import column_value, interval, write_csv
+from ardiff.evaluation.ablation.settings import BASE, CHUNK, CONFIGURATIONS, LABELS
+from ardiff.evaluation.prediction import NUM_FRAMES, HeldOutClip, render_openings, run_pipeline
 from ardiff.pipelines.pipeline_ardiff import ARDiffPipeline
 from ardiff.schedulers.ad_schedule import ad_schedule, profile_gaps
 from ardiff.training.diffusion import SAMPLERS

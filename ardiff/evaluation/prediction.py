@@ -5,7 +5,7 @@ Everything random is a function of (seed, scene, part, clip index), so no figure
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,27 @@ PREDICTION_FIGURES = (
 PARTS = ("clips", "real", "other_real", "real_start", "other_real_start", "prediction_noise", "sample_noise")
 MAX_SEED = 2_000
 MAX_CLIPS = 10_000
+
+
+def check_fields(
+    settings: object, ranges: Mapping[str, tuple[int, int]], choices: Mapping[str, Sequence[str]]
+) -> None:
+    """Refuse settings with a field outside its range, ends included, or with none of its choices.
+
+    Raises:
+        ValueError: one sentence naming the field, what is allowed and what came; also for a `bootstrap` of 1, as an
+            interval needs two draws.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise ValueError(f"`{name}` must be in [{low}, {high}] but is {value}.")
+    if settings.bootstrap == 1:
+        raise ValueError("`bootstrap` must be 0 or at least 2 but is 1.")
+    for name, allowed in choices.items():
+        value = getattr(settings, name)
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {', '.join(allowed)} but is {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +93,12 @@ class Settings:
             names = ", ".join(known) or "none"
             raise ValueError(f"`scenes` must name scenes that the model knows ({names}) but is {list(self.scenes)}.")
         ranges = {
-            "num_clips": (self.num_clips, 2, MAX_CLIPS),
-            "seed": (self.seed, 0, MAX_SEED),
-            "batch_size": (self.batch_size, 1, MAX_CLIPS),
-            "bootstrap": (self.bootstrap, 0, 100_000),
+            "num_clips": (2, MAX_CLIPS),
+            "seed": (0, MAX_SEED),
+            "batch_size": (1, MAX_CLIPS),
+            "bootstrap": (0, 100_000),
         }
-        for name, (value, low, high) in ranges.items():
-            if not low <= value <= high:
-                raise ValueError(f"`{name}` must be in [{low}, {high}] but is {value}.")
-        if self.bootstrap == 1:
-            raise ValueError("`bootstrap` must be 0 or at least 2 but is 1.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)} but is {self.dtype!r}.")
+        check_fields(self, ranges, {"dtype": DTYPES})
         for name, gaps in (("scenes", self.scenes), ("gaps", self.gaps), ("prediction_gaps", self.prediction_gaps)):
             if not gaps or len(set(gaps)) < len(gaps):
                 raise ValueError(f"`{name}` must hold at least one entry, each once, but is {list(gaps)}.")

@@ -153,6 +153,22 @@ def image_source(config: DiffusionTrainingConfig, class_names: Sequence[str]) ->
     return Source(clips, torch.tensor([*numbers, len(class_names)]))
 
 
+def new_transformer(
+    config: DiffusionTrainingConfig, vae: AutoencoderARVAE, class_names: Sequence[str], *, causal: bool = True
+) -> ARDiffTransformerModel:
+    """An untrained network of the configured size, for the tokens of `vae`; weights from torch's default generator."""
+    return ARDiffTransformerModel(
+        num_tokens=vae.num_tokens,
+        in_channels=vae.config.latent_channels,
+        width=config.width,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        window=config.num_frames,
+        class_names=list(class_names),
+        causal=causal,
+    )
+
+
 def train_diffusion(config: DiffusionTrainingConfig) -> Path:
     """Train, or go on where the run folder stands; returns the folder of the pipeline (`<out>/pipeline`)."""
     vae = AutoencoderARVAE.from_pretrained(config.vae, dtype=torch.float32).eval().requires_grad_(False)
@@ -164,15 +180,7 @@ def train_diffusion(config: DiffusionTrainingConfig) -> Path:
     scheduler = ADScheduler(prediction_type=config.prediction_type)
     clips = training_clips(config)
     class_names = list(clips.class_names)
-    transformer = ARDiffTransformerModel(
-        num_tokens=vae.num_tokens,
-        in_channels=vae.config.latent_channels,
-        width=config.width,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        window=config.num_frames,
-        class_names=class_names,
-    )
+    transformer = new_transformer(config, vae, class_names)
     if config.init_from:
         source = ARDiffTransformerModel.from_pretrained(config.init_from, subfolder="transformer", dtype=torch.float32)
         transformer.load_state_dict(source.state_dict())

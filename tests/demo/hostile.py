@@ -211,7 +211,10 @@ def bombs() -> dict[str, bytes]:
 
 
 def make_media() -> dict[str, bytes]:
-    """Files by name. Those that start with `good-` must give a result, those with `bad-` must be refused."""
+    """Files by name. Those that start with `good-` must give a result, those with `bad-` must be refused.
+
+    Unpickling `bad-pickle.png` would write a file called `executed` where the server runs.
+    """
     made = {
         "good-rgb.png": encoded_picture("PNG", "RGB", (40, 30)),
         "good-rgba.png": encoded_picture("PNG", "RGBA", (33, 57)),
@@ -240,7 +243,7 @@ def make_media() -> dict[str, bytes]:
         "bad-text.mp4": b"hello" * 100,
         "bad-playlist.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n",
         "bad-concat.mp4": b"ffconcat version 1.0\nfile /etc/passwd\n",
-        "bad-pickle.png": b"\x80\x04cos\nsystem\n(S'touch /tmp/ardiff-hostile'\ntR.",
+        "bad-pickle.png": b"\x80\x04cos\nsystem\n(S'touch executed'\ntR.",
         "bad-svg.png": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
         "bad-zip.webp": b"PK\x03\x04" + bytes(100),
     }
@@ -334,10 +337,10 @@ def files(rng: random.Random, site: Any) -> Input:
 def bomb(rng: random.Random, site: Any) -> Input:
     """Small files that grow."""
     name = rng.choice(sorted(site.bombs))
-    return Input(f"bomb {name}", lambda visitor: _prompted(visitor, name, site.bombs[name]), dict(ARGUMENTS))
+    return Input(f"bomb {name}", lambda visitor: prompted(visitor, name, site.bombs[name]), dict(ARGUMENTS))
 
 
-def _prompted(visitor: Visitor, name: str, content: bytes) -> Outcome:
+def prompted(visitor: Visitor, name: str, content: bytes) -> Outcome:
     path = visitor.upload(name, content)
     if isinstance(path, Outcome):
         return path

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from hostile import ARGUMENTS, INTERNAL, KINDS, Input, Outcome, Visitor, bombs, make_media
+from hostile import ARGUMENTS, INTERNAL, KINDS, Input, Outcome, Visitor, bombs, make_media, prompted
 from PIL import Image
 
 from ardiff.demo import decoder
@@ -67,8 +67,9 @@ def watch() -> Watch:
 
 
 @pytest.fixture
-def site(home, watch, tiny_pipeline) -> Iterator[SimpleNamespace]:
+def site(home, watch, tiny_pipeline, monkeypatch) -> Iterator[SimpleNamespace]:
     """A served studio, with secrets beside it and a machine of its own network that must not be asked for anything."""
+    monkeypatch.chdir(home.outside)
     tiny_pipeline.save_pretrained(home.outside / "tiny")
     Image.new("RGB", (32, 32), "red").save(home.outside / "secret.png")
     (home.outside / "secret.txt").write_text("SECRET")
@@ -182,6 +183,8 @@ def holds(site: SimpleNamespace, home: SimpleNamespace, watch: Watch) -> None:
     until_idle(site)
     assert visitor.http.get("/healthz").json()["status"] == "ok"
     right(site, visitor)
+    assert prompted(visitor, "pickle.png", site.media["bad-pickle.png"]).kind == "refused"
+    assert {path.name for path in home.outside.iterdir()} == {"tiny", "secret.png", "secret.txt"}
     assert site.asked == []
     assert len(site.session.decoder._idle) <= decoder.PROCESSES
     watch.on = False

@@ -10,24 +10,18 @@ import torch
 
 from ardiff import ADScheduler, ARDiffTransformerModel
 from ardiff.data.clips import LATEST_START, step_generator
-from ardiff.evaluation import ablation
-from ardiff.evaluation.ablation import (
-    BASE,
-    CONFIGURATIONS,
-    NUM_BLOCKS,
-    Job,
-    Size,
-    TrainingTokens,
-    ablate,
+from ardiff.evaluation.ablation.clips import TrainingTokens
+from ardiff.evaluation.ablation.measuring import LOSS_TIMESTEPS, loss_by_timestep
+from ardiff.evaluation.ablation.reporting import (
+    T_QUANTILES,
     column_value,
     compare,
     format_table,
-    frame_evaluations,
     interval,
-    loss_by_timestep,
-    train_and_measure,
     write_into,
 )
+from ardiff.evaluation.ablation.run import ablate, frame_evaluations, train_and_measure
+from ardiff.evaluation.ablation.settings import BASE, CONFIGURATIONS, NUM_BLOCKS, Job, Size
 from ardiff.training.diffusion import DiffusionTrainingConfig, draw_timesteps
 
 
@@ -85,7 +79,7 @@ def test_results_are_on_disk_and_in_every_table(finished):
     assert len(rows) == 1 + 2 * 3
     assert {len(row) for row in rows} == {3 + NUM_BLOCKS}
     with open(folder / "loss.csv") as file:
-        assert len(list(csv.reader(file))) == 1 + 2 * len(ablation.LOSS_TIMESTEPS)
+        assert len(list(csv.reader(file))) == 1 + 2 * len(LOSS_TIMESTEPS)
     table = (folder / "table.md").read_text()
     assert table == format_table(report)
     mean = report["table"]["fopp"]["16 frames, gap 5"]["mean"]
@@ -111,7 +105,7 @@ def test_finished_runs_are_not_done_again(finished, vae, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a finished run was started")
 
-    monkeypatch.setattr(ablation, "train_and_measure", refuse)
+    monkeypatch.setattr("ardiff.evaluation.ablation.run.train_and_measure", refuse)
     again = ablate(folder, TINY, vae=vae, num_seeds=2, configurations=[BASE], progress=False)
     assert again["runs"] == report["runs"]
     assert again["seconds"] > report["seconds"]
@@ -204,7 +198,7 @@ def test_interval_is_students():
 
 def test_quantiles_are_those_of_student():
     stats = pytest.importorskip("scipy.stats")
-    assert [round(float(stats.t.ppf(0.975, degrees)), 3) for degrees in range(1, 10)] == list(ablation.T_QUANTILES)
+    assert [round(float(stats.t.ppf(0.975, degrees)), 3) for degrees in range(1, 10)] == list(T_QUANTILES)
 
 
 def result(name, seed, short, long, continuation):

@@ -1,6 +1,6 @@
 """requirements.txt resolves as the builder of a Space resolves it; asks the package index, so only with ARDIFF_NETWORK_TESTS=1.
 
-    pip install --dry-run --ignore-installed --python-version 3.12 --only-binary=:all: --target /tmp/space \\
+    pip install --dry-run --ignore-installed --python-version 3.12 --only-binary=:all: --target space \\
         -r requirements.txt "gradio[oauth,mcp]==6.31.0" "uvicorn>=0.14.0" "websockets>=10.4" spaces
 """
 
