@@ -8,11 +8,12 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-# One thread: tiny models gain nothing from more, and browser and server want the other core.
+# One thread: tiny models gain nothing from more, and two pools on two cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,18 @@ CHROMIUM_ARGS = [
     "--disable-dev-shm-usage",
     "--autoplay-policy=no-user-gesture-required",
 ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file's tests run in one process, and all of the studio's in the same one: two browsers at once wait for each other."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class StudioTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "demo" if nodeid.startswith("tests/demo/") else super()._split_scope(nodeid)
+
+    return StudioTogether(config, log)
 
 
 def seeded(build: Callable[[], torch.nn.Module], seed: int) -> torch.nn.Module:

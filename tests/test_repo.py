@@ -105,13 +105,13 @@ def test_space_gets_no_file_that_git_ignores():
 
 def test_readme_has_the_two_commands():
     assert "\npython -m pip install -r requirements.txt && python app.py\n" in README
-    assert '\npython -m pip install -e ".[dev]" && python -m pytest\n' in README
+    assert '\npython -m pip install -e ".[dev]" && python -m pytest -n 2\n' in README
 
 
 def test_ci_runs_the_readme_set_up():
     script = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
     assert 'python -m pip install -e ".[dev]"' in script
-    assert script[-1] == "ARDIFF_REQUIRE_BROWSER=1 python -m pytest"
+    assert script[-1] == "ARDIFF_REQUIRE_BROWSER=1 python -m pytest -n 2"
 
 
 def test_tree_is_on_disk():
