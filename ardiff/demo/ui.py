@@ -595,6 +595,7 @@ def build_demo(session: Session) -> gr.Blocks:
         )
         history.select(studio.recover_selected, None, recovered, **quiet)
         demo.load(studio.greet, None, head, **quiet)
+        demo.load(**moved)
         demo.load(None, None, link, js=QUERY_JS, **quiet)
         link.change(studio.open_link, None, [head, plan, stage, keep, *controls], **quiet).then(**moved).then(
             None, None, None, js=OPENED_JS, **quiet

@@ -18,7 +18,7 @@ from ardiff.demo.ui import build_demo, launch_arguments
 
 
 PHASE = "document.documentElement.dataset.ardiffPhase"
-STAGE = "window.ardiffStudio.studio.stage"
+STAGE, CONTROLS = "window.ardiffStudio.studio.stage", "window.ardiffStudio.studio.controls"
 
 
 def free_port() -> int:
@@ -70,7 +70,7 @@ def visit(browser, site, query: str = "", **options) -> Iterator:
     page.goto(site.url + query)
     page.get_by_role("button", name="Generate", exact=True).wait_for()
     # Until the page has been told what its link says, gradio takes back what is typed.
-    page.wait_for_function(f"document.documentElement.dataset.ardiffOpened && {STAGE} && {PHASE}")
+    page.wait_for_function(f"document.documentElement.dataset.ardiffOpened && {STAGE} && {PHASE} && {CONTROLS}")
     page.trouble = trouble
     yield page
     context.close()

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from engines import ENGINES, missing, until
 from PIL import Image
-from studio_page import PHASE, STAGE, expected
+from studio_page import CONTROLS, PHASE, STAGE, expected
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
-CONTROLS = "window.ardiffStudio.studio.controls"
 BLANK = """(() => {
     const canvas = document.querySelector("%s"), pen = canvas.getContext("2d");
     const pixels = new Uint32Array(pen.getImageData(0, 0, canvas.width, canvas.height).data.buffer);

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from studio_page import clear_files, command, press, settle, shown_frames, visit, wait_for_run
+from studio_page import CONTROLS, clear_files, command, press, settle, shown_frames, visit, wait_for_run
 from studio_page import serve as serve_page
 from tiny_original import WINDOW, build
 
@@ -22,7 +22,6 @@ from ardiff.demo.session import Session
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 SMALL = {"num_frames": 5, "num_inference_steps": 6, "ar_step": 2}
-CONTROLS = "window.ardiffStudio.studio.controls"
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from studio_page import (
+    CONTROLS,
     PHASE,
     STAGE,
     clear_files,
@@ -29,8 +30,6 @@ from ardiff.data.video import write_video
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
-CONTROLS = "window.ardiffStudio.studio.controls"
 
 
 def choose(page, name: str, option: str) -> None:
