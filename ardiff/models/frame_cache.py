@@ -34,6 +34,7 @@ class FrameKVCache:
         self.num_committed = 0
         shape = (num_layers, 2, batch_size, num_heads, window, num_tokens, head_dim)
         self.storage = torch.empty(shape, device=device, dtype=dtype)
+        self._forget_call()
 
     @property
     def nbytes(self) -> int:
@@ -50,15 +51,18 @@ class FrameKVCache:
 
     def reserve(self, num_frames: int) -> None:
         """Make room for the frames of a call: to be done before `extend`."""
-        self._new = self._seen = ()  # views keep what they show
+        call = (self.num_held, num_frames)
+        if call == self._call:
+            return
+        self._forget_call()
         num_slots = self.window - 1 + num_frames
         if num_slots > self.storage.shape[4]:
             # Only what is held lives twice for a moment, and before the first call that is nothing.
             held = self.storage = self.storage[..., : self.num_held, :, :].clone()
             self.storage = held.new_empty((*held.shape[:4], num_slots, *held.shape[5:]))
             self.storage[..., : self.num_held, :, :] = held
-        # Every layer's keys, then its values: what the call writes, and what it sees.
-        stop = self.num_held + num_frames
+        # Every layer's keys, then its values: what calls like this one write, and what they see.
+        self._call, stop = call, self.num_held + num_frames
         self._new = self.storage[..., self.num_held : stop, :, :].flatten(0, 1).unbind(0)
         self._seen = self.storage[..., :stop, :, :].flatten(4, 5).flatten(0, 1).unbind(0)
 
@@ -82,5 +86,9 @@ class FrameKVCache:
         for layer in self.storage:
             layer[..., : self.num_held, :, :] = layer[..., surplus : surplus + self.num_held, :, :].clone()
         if num_frames > self.window:  # A long prompt: its room is needed only once.
-            self._new = self._seen = ()
+            self._forget_call()
             self.storage = self.storage[..., : self.window, :, :].clone()
+
+    def _forget_call(self) -> None:
+        """Let go of the views of the last call, which would keep a storage that is replaced."""
+        self._call, self._new, self._seen = None, (), ()

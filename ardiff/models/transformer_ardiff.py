@@ -18,7 +18,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ardiff.models.frame_cache import FrameKVCache
-from ardiff.models.packed import PackedLinear, can_pack
+from ardiff.models.packed import LeanRMSNorm, PackedLinear, can_pack
 
 
 ROTARY_BASE = 100.0  # Lags of a window of some dozens of frames; 10,000 would leave most pairs nearly unrotated.
@@ -67,9 +67,9 @@ def frame_rotation(
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate feature i of (B, F, L, 2, H, head size) with feature i + head size / 4, for the first half of the features."""
-    num_pairs = states.shape[-1] // 4
-    first, second, rest = states.split([num_pairs, num_pairs, states.shape[-1] - 2 * num_pairs], dim=-1)
-    return torch.addcmul(states * cos, torch.cat([second, first, rest], dim=-1), sin)
+    # In the other half `sin` is zero.
+    swapped = states.unflatten(-1, (2, -1)).roll(states.shape[-1] // 4, dims=-1).flatten(-2)
+    return torch.addcmul(states * cos, swapped, sin)
 
 
 def attend_windows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
@@ -93,10 +93,11 @@ def attend_windows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     return attended.unflatten(1, (batch_size, -1)).permute(1, 0, 3, 2, 4).flatten(3)
 
 
-class BlockProducts(NamedTuple):
-    """The matrix products of a block, as `FrameBlock` names them."""
+class RunLayers(NamedTuple):
+    """Layers of a block made for one run, under the names that they have in `FrameBlock`."""
 
     qkv: Callable[[torch.Tensor], torch.Tensor]
+    norm_qk: Callable[[torch.Tensor], torch.Tensor]
     proj: Callable[[torch.Tensor], torch.Tensor]
     expand: Callable[[torch.Tensor], torch.Tensor]
     fc2: Callable[[torch.Tensor], torch.Tensor]
@@ -126,31 +127,36 @@ class FrameBlock(nn.Module):
         mask: torch.Tensor | None,
         cache: FrameKVCache | None,
         layer: int,
-        products: BlockProducts | None = None,
+        run_layers: RunLayers | None = None,
     ) -> torch.Tensor:
-        """hidden_states (B, F, L, D); modulation (B, F, 1, 6, D), this block's; mask (S, keys) or None; the new `hidden_states`."""
-        products = products or self
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(-2)
-        qkv = products.qkv(torch.addcmul(shift_a, self.norm(hidden_states), scale_a))
+        """hidden_states (B, F, L, D); modulation (B, F, 1, 6, D); mask (S, keys) or None; the new `hidden_states`."""
+        layers = run_layers or self
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (modulation + self.modulation_offset).unbind(-2)
+        qkv = layers.qkv(torch.addcmul(shift_a, self.norm(hidden_states), 1 + scale_a))
         qk, value = qkv.unflatten(-1, (3, self.num_heads, -1)).split([2, 1], dim=3)
-        qk = rotate(self.norm_qk(qk), *rotary)
+        qk = rotate(layers.norm_qk(qk), *rotary)
         # (B, F, L, 2 or 1, H, head size) -> (2 or 1, B, H, F, L, head size)
         (query, key), (value,) = (states.permute(3, 0, 4, 1, 2, 5) for states in (qk, value))
         attended = self.attend(query, key, value, mask, cache, layer)
-        hidden_states = torch.addcmul(hidden_states, gate_a, products.proj(attended))
-        inner = products.expand(torch.addcmul(shift_m, self.norm(hidden_states), scale_m))
-        return torch.addcmul(hidden_states, gate_m, products.fc2(inner))
+        hidden_states = torch.addcmul(hidden_states, gate_a, layers.proj(attended))
+        inner = layers.expand(torch.addcmul(shift_m, self.norm(hidden_states), 1 + scale_m))
+        return torch.addcmul(hidden_states, gate_m, layers.fc2(inner))
 
     def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The wide half of the MLP."""
         return F.gelu(self.fc1(hidden_states), approximate="tanh")
 
-    def pack(self) -> BlockProducts | None:
-        """The products for a run on a CPU; None where there is nothing faster than the layers themselves."""
-        if not can_pack(self.qkv):
+    def pack(self) -> RunLayers | None:
+        """Layers for a run on a CPU; None where there is nothing faster than the block's own."""
+        if not all(can_pack(linear) for linear in (self.qkv, self.proj, self.fc1, self.fc2)):
             return None
-        return BlockProducts(
-            PackedLinear(self.qkv), PackedLinear(self.proj), PackedLinear(self.fc1, gelu=True), PackedLinear(self.fc2)
+        return RunLayers(
+            qkv=PackedLinear(self.qkv),
+            # The lean norm rounds lengths to the dtype.
+            norm_qk=LeanRMSNorm(self.norm_qk) if self.qkv.weight.dtype == torch.float32 else self.norm_qk,
+            proj=PackedLinear(self.proj),
+            expand=PackedLinear(self.fc1, gelu=True),
+            fc2=PackedLinear(self.fc2),
         )
 
     def attend(
@@ -248,7 +254,6 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         """All that timestep and class do: the modulation of the blocks (B, F, 1, 6, D) and of the output (B, F, 1, 2D + C).
 
         They depend on nothing else, so a run computes them once for all of its timesteps. Arguments as in `forward`.
-        Scales are factors: 1 is in them.
         """
         batch_size, num_frames = timestep.shape
         if class_labels is None:
@@ -256,14 +261,13 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         features = self.timestep_features(timestep.flatten()).to(self.dtype)
         condition = self.timestep_embedding(features).unflatten(0, (batch_size, num_frames))
         condition = F.silu(condition + self.class_embedding(class_labels)[:, None])[:, :, None]
-        modulation, out = self.modulation(condition).unflatten(-1, (6, -1)), self.modulation_out(condition)
-        shift, scale, through = out.split([self.config.width, self.config.width, self.config.in_channels], dim=-1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(-2)
-        modulation = torch.stack([shift_a, 1 + scale_a, gate_a, shift_m, 1 + scale_m, gate_m], dim=-2)
-        return modulation, torch.cat([shift, 1 + scale, through], dim=-1)
+        return self.modulation(condition).unflatten(-1, (6, -1)), self.modulation_out(condition)
 
-    def pack(self) -> list[BlockProducts | None]:
-        """Copies of the weights of all blocks as the kernels of the device read them, for `forward`: once for a run."""
+    def pack(self) -> list[RunLayers | None]:
+        """The blocks' layers made for one run of many calls without gradients: on a CPU, copies of the weights laid out for it.
+
+        Later changes of the weights are not seen. Where nothing is gained, on a GPU or in float64, an entry is None.
+        """
         return [block.pack() for block in self.blocks]
 
     def forward(
@@ -275,7 +279,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         cache: FrameKVCache | None = None,
         num_commit: int = 0,
         modulation: tuple[torch.Tensor, torch.Tensor] | None = None,
-        products: Sequence[BlockProducts | None] | None = None,
+        run_layers: Sequence[RunLayers | None] | None = None,
     ) -> torch.Tensor:
         """One evaluation of consecutive frames.
 
@@ -287,7 +291,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
             cache (FrameKVCache or None): finished frames, from `new_cache`.
             num_commit (int): the first so many frames are finished (timestep 0) and are added to the cache.
             modulation: what `modulate` gives, in place of `timestep` and `class_labels`.
-            products: what `pack` gives, in place of the blocks' own weights; without gradients.
+            run_layers: what `pack` gives, in place of the blocks' own; without gradients.
 
         Returns:
             torch.Tensor of shape (B, F, L, C).
@@ -317,13 +321,10 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
             )  # fmt: skip
         rotary = frame_rotation(first, num_frames, self.head_dim, hidden_states.dtype, hidden_states.device)
         tokens = self.embed(hidden_states) + self.token_positions
-        # Of all blocks at once, (layers, B, F, 1, 6, D)
-        offsets = torch.stack([block.modulation_offset for block in self.blocks])
-        modulations = (block_modulation + offsets[:, None, None, None]).unbind(0)
-        products = products or [None] * len(self.blocks)
+        run_layers = run_layers or [None] * len(self.blocks)
         for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, modulations[layer], rotary, mask, cache, layer, products[layer])
+            tokens = block(tokens, block_modulation, rotary, mask, cache, layer, run_layers[layer])
         if num_commit:
             cache.commit(num_commit)
         shift, scale, through = out_modulation.split([config.width, config.width, channels], dim=-1)
-        return self.proj_out(torch.addcmul(shift, self.norm_out(tokens), scale)) + through * hidden_states
+        return self.proj_out(torch.addcmul(shift, self.norm_out(tokens), 1 + scale)) + through * hidden_states

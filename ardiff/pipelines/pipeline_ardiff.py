@@ -333,7 +333,7 @@ class ARDiffPipeline(DiffusionPipeline):
         # (labels, N + 1, ...) each
         tables = transformer.modulate(timesteps.expand(len(labels), -1).to(device), labels.to(device))
         video = video[:, None].to(device)
-        products = transformer.pack() if device.type == "cpu" else None
+        run_layers = transformer.pack() if device.type == "cpu" else None
 
         def network(
             latents: torch.Tensor, steps: torch.Tensor, cache: FrameKVCache | None = None, num_commit: int = 0
@@ -341,7 +341,7 @@ class ARDiffPipeline(DiffusionPipeline):
             sample = torch.cat([latents, latents]) if guided else latents
             modulation = tuple(table[video, steps] for table in tables)
             output = transformer(
-                sample.to(dtype), cache=cache, num_commit=num_commit, modulation=modulation, products=products
+                sample.to(dtype), cache=cache, num_commit=num_commit, modulation=modulation, run_layers=run_layers
             ).to(latents.dtype)
             if not guided:
                 return output
