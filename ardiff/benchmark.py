@@ -8,6 +8,7 @@ Contestants, in one process, with the same weights and from the same noise:
 - `table`: and what timesteps and classes do is computed once. This is what the pipeline runs;
 - `bfloat16`: and weights, keys and values in bfloat16.
 
+On a CPU all of them run on the same packed weights (`models/packed.py`).
 They take turns, forwards in one round and backwards in the next, so that a busy moment does not hit one of them alone; a ratio
 is taken within a round. Times are of the latents; decoding is measured apart.
 """
@@ -92,10 +93,13 @@ def plain_predict(pipe: ARDiffPipeline, inputs: _Inputs) -> Callable[..., torch.
     """The guided network without a table: (latents (B, F, L, C), timestep (B, F), ...), embedded in every call."""
     transformer = pipe.transformer
     labels = torch.cat([torch.full_like(inputs.labels, transformer.null_class), inputs.labels]).to(transformer.device)
+    run_layers, dtype = transformer.pack(), transformer.dtype
 
     def predict(latents: torch.Tensor, timestep: torch.Tensor, **options) -> torch.Tensor:
-        sample = torch.cat([latents, latents]).to(transformer.dtype)
-        output = transformer(sample, torch.cat([timestep, timestep]), labels, **options).to(latents.dtype)
+        sample = torch.cat([latents, latents]).to(dtype)
+        output = transformer(sample, torch.cat([timestep, timestep]), labels, run_layers=run_layers, **options).to(
+            latents.dtype
+        )
         without, with_class = output.chunk(2)
         return without + GUIDANCE * (with_class - without)
 
@@ -205,7 +209,7 @@ class LivePeak(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_mkldnn:  # those are weights, packed
                 self._add(tensor.untyped_storage())
         return result
 

@@ -34,6 +34,7 @@ class FrameKVCache:
         self.num_committed = 0
         shape = (num_layers, 2, batch_size, num_heads, window, num_tokens, head_dim)
         self.storage = torch.empty(shape, device=device, dtype=dtype)
+        self._forget_call()
 
     @property
     def nbytes(self) -> int:
@@ -49,13 +50,21 @@ class FrameKVCache:
         return range(self.num_committed - self.num_held, self.num_committed)
 
     def reserve(self, num_frames: int) -> None:
-        """Make sure of room for a call with so many frames."""
+        """Make room for the frames of a call: to be done before `extend`."""
+        call = (self.num_held, num_frames)
+        if call == self._call:
+            return
+        self._forget_call()
         num_slots = self.window - 1 + num_frames
         if num_slots > self.storage.shape[4]:
             # Only what is held lives twice for a moment, and before the first call that is nothing.
             held = self.storage = self.storage[..., : self.num_held, :, :].clone()
             self.storage = held.new_empty((*held.shape[:4], num_slots, *held.shape[5:]))
             self.storage[..., : self.num_held, :, :] = held
+        # Every layer's keys, then its values: what calls like this one write, and what they see.
+        self._call, stop = call, self.num_held + num_frames
+        self._new = self.storage[..., self.num_held : stop, :, :].flatten(0, 1).unbind(0)
+        self._seen = self.storage[..., :stop, :, :].flatten(4, 5).flatten(0, 1).unbind(0)
 
     def extend(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the frames of a call, (B, H, frames, L, head size), behind the committed ones of one layer.
@@ -64,11 +73,9 @@ class FrameKVCache:
             Keys and values of both, views of shape (B, H, frames * L, head size). They count for no later call unless
             `commit` says so.
         """
-        stop = self.num_held + keys.shape[2]
-        self.storage[layer, 0, :, :, self.num_held : stop] = keys
-        self.storage[layer, 1, :, :, self.num_held : stop] = values
-        all_keys, all_values = self.storage[layer, :, :, :, :stop].flatten(3, 4)
-        return all_keys, all_values
+        self._new[2 * layer].copy_(keys)
+        self._new[2 * layer + 1].copy_(values)
+        return self._seen[2 * layer], self._seen[2 * layer + 1]
 
     def commit(self, num_frames: int) -> None:
         """The first so many frames of the call are finished: once every layer has them, later calls see them."""
@@ -79,4 +86,9 @@ class FrameKVCache:
         for layer in self.storage:
             layer[..., : self.num_held, :, :] = layer[..., surplus : surplus + self.num_held, :, :].clone()
         if num_frames > self.window:  # A long prompt: its room is needed only once.
+            self._forget_call()
             self.storage = self.storage[..., : self.window, :, :].clone()
+
+    def _forget_call(self) -> None:
+        """Let go of the views of the last call, which would keep a storage that is replaced."""
+        self._call, self._new, self._seen = None, (), ()

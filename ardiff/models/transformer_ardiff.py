@@ -5,7 +5,9 @@ Frame i sees frames (i - window, i] and the condition, nothing else: there is no
 one. AR-Diffusion (arXiv 2503.07418) section 3.2; adaLN-single as in PixArt-alpha; rotary positions over the frame index.
 """
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ardiff.models.frame_cache import FrameKVCache
+from ardiff.models.packed import LeanRMSNorm, PackedLinear, can_pack
 
 
 ROTARY_BASE = 100.0  # Lags of a window of some dozens of frames; 10,000 would leave most pairs nearly unrotated.
@@ -23,9 +26,15 @@ ROTARY_BASE = 100.0  # Lags of a window of some dozens of frames; 10,000 would l
 
 @lru_cache(maxsize=64)
 def frame_mask(
-    num_queries: int, num_keys: int, window: int, num_tokens: int, device: torch.device, causal: bool = True
+    num_queries: int,
+    num_keys: int,
+    window: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    causal: bool = True,
 ) -> torch.Tensor | None:
-    """Which keys a query sees, (queries * L, keys * L) bool, True = visible; None when everything is visible.
+    """What is added to attention scores, (queries * L, keys * L): 0 = visible, -inf = not; None when everything is visible.
 
     Counted in frames; the last key is the last query.
     """
@@ -33,22 +42,23 @@ def frame_mask(
         return None
     query, key = torch.arange(num_keys - num_queries, num_keys)[:, None], torch.arange(num_keys)
     visible = (key > query - window) & (key < query + (1 if causal else window))
-    return visible.repeat_interleave(num_tokens, 0).repeat_interleave(num_tokens, 1).to(device)
+    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -torch.inf)
+    return mask.repeat_interleave(num_tokens, 0).repeat_interleave(num_tokens, 1).to(device)
 
 
 @lru_cache(maxsize=16)
 def frame_rotation(
     first: int, num_frames: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin, each (num_frames, 1, head_dim), of the rotary angles of consecutive frames, as `rotate` takes them.
+    """cos and signed sin, each (num_frames, 1, 1, 1, head_dim), of the rotary angles of consecutive frames, for `rotate`.
 
     Half of the features are rotated. Computed in float64 on the CPU: only differences of angles matter, also between
     frames far into a long video.
     """
     num_pairs = head_dim // 4
     frequency = ROTARY_BASE ** (-torch.arange(num_pairs, dtype=torch.float64) / num_pairs)
-    angle = torch.arange(first, first + num_frames)[:, None, None] * frequency
-    cos, sin, rest = angle.cos(), angle.sin(), angle.new_zeros(num_frames, 1, head_dim - 2 * num_pairs)
+    angle = torch.arange(first, first + num_frames)[:, None, None, None, None] * frequency
+    cos, sin, rest = angle.cos(), angle.sin(), angle.new_zeros(num_frames, 1, 1, 1, head_dim - 2 * num_pairs)
     return (
         torch.cat([cos, cos, rest + 1], dim=-1).to(device, dtype),
         torch.cat([-sin, sin, rest], dim=-1).to(device, dtype),
@@ -56,10 +66,10 @@ def frame_rotation(
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate feature i of (..., F, L, head size) with feature i + head size / 4, for the first half of the features."""
-    num_pairs = states.shape[-1] // 4
-    first, second, rest = states.split([num_pairs, num_pairs, states.shape[-1] - 2 * num_pairs], dim=-1)
-    return torch.addcmul(states * cos, torch.cat([second, first, rest], dim=-1), sin)
+    """Rotate feature i of (B, F, L, 2, H, head size) with feature i + head size / 4, for the first half of the features."""
+    # In the other half `sin` is zero.
+    swapped = states.unflatten(-1, (2, -1)).roll(states.shape[-1] // 4, dims=-1).flatten(-2)
+    return torch.addcmul(states * cos, swapped, sin)
 
 
 def attend_windows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
@@ -81,6 +91,16 @@ def attend_windows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     )
     attended = F.scaled_dot_product_attention(query.flatten(0, 1).transpose(0, 1), keys, values)
     return attended.unflatten(1, (batch_size, -1)).permute(1, 0, 3, 2, 4).flatten(3)
+
+
+class RunLayers(NamedTuple):
+    """Layers of a block made for one run, under the names that they have in `FrameBlock`."""
+
+    qkv: Callable[[torch.Tensor], torch.Tensor]
+    norm_qk: Callable[[torch.Tensor], torch.Tensor]
+    proj: Callable[[torch.Tensor], torch.Tensor]
+    expand: Callable[[torch.Tensor], torch.Tensor]
+    fc2: Callable[[torch.Tensor], torch.Tensor]
 
 
 class FrameBlock(nn.Module):
@@ -107,18 +127,37 @@ class FrameBlock(nn.Module):
         mask: torch.Tensor | None,
         cache: FrameKVCache | None,
         layer: int,
+        run_layers: RunLayers | None = None,
     ) -> torch.Tensor:
         """hidden_states (B, F, L, D); modulation (B, F, 1, 6, D); mask (S, keys) or None; the new `hidden_states`."""
+        layers = run_layers or self
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (modulation + self.modulation_offset).unbind(-2)
-        qkv = self.qkv(torch.addcmul(shift_a, self.norm(hidden_states), 1 + scale_a))
-        # (B, F, L, 3, H, head size) -> (3, B, H, F, L, head size)
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
-        query, key = rotate(self.norm_qk(qkv[:2]), *rotary)
-        hidden_states = torch.addcmul(
-            hidden_states, gate_a, self.proj(self.attend(query, key, qkv[2], mask, cache, layer))
+        qkv = layers.qkv(torch.addcmul(shift_a, self.norm(hidden_states), 1 + scale_a))
+        qk, value = qkv.unflatten(-1, (3, self.num_heads, -1)).split([2, 1], dim=3)
+        qk = rotate(layers.norm_qk(qk), *rotary)
+        # (B, F, L, 2 or 1, H, head size) -> (2 or 1, B, H, F, L, head size)
+        (query, key), (value,) = (states.permute(3, 0, 4, 1, 2, 5) for states in (qk, value))
+        attended = self.attend(query, key, value, mask, cache, layer)
+        hidden_states = torch.addcmul(hidden_states, gate_a, layers.proj(attended))
+        inner = layers.expand(torch.addcmul(shift_m, self.norm(hidden_states), 1 + scale_m))
+        return torch.addcmul(hidden_states, gate_m, layers.fc2(inner))
+
+    def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The wide half of the MLP."""
+        return F.gelu(self.fc1(hidden_states), approximate="tanh")
+
+    def pack(self) -> RunLayers | None:
+        """Layers for a run on a CPU; None where there is nothing faster than the block's own."""
+        if not all(can_pack(linear) for linear in (self.qkv, self.proj, self.fc1, self.fc2)):
+            return None
+        return RunLayers(
+            qkv=PackedLinear(self.qkv),
+            # The lean norm rounds lengths to the dtype.
+            norm_qk=LeanRMSNorm(self.norm_qk) if self.qkv.weight.dtype == torch.float32 else self.norm_qk,
+            proj=PackedLinear(self.proj),
+            expand=PackedLinear(self.fc1, gelu=True),
+            fc2=PackedLinear(self.fc2),
         )
-        inner = self.fc1(torch.addcmul(shift_m, self.norm(hidden_states), 1 + scale_m))
-        return torch.addcmul(hidden_states, gate_m, self.fc2(F.gelu(inner, approximate="tanh")))
 
     def attend(
         self,
@@ -134,7 +173,7 @@ class FrameBlock(nn.Module):
             keys, values = key.flatten(2, 3), value.flatten(2, 3)
         else:
             keys, values = cache.extend(layer, key, value)
-            if cache.num_held == cache.window - 1:
+            if mask is None and query.shape[2] > 1:
                 return attend_windows(query, keys, values, cache.window)
         attended = F.scaled_dot_product_attention(query.flatten(2, 3), keys, values, attn_mask=mask)
         return attended.transpose(1, 2).flatten(2).unflatten(1, query.shape[2:4])
@@ -224,6 +263,13 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         condition = F.silu(condition + self.class_embedding(class_labels)[:, None])[:, :, None]
         return self.modulation(condition).unflatten(-1, (6, -1)), self.modulation_out(condition)
 
+    def pack(self) -> list[RunLayers | None]:
+        """The blocks' layers made for one run of many calls without gradients: on a CPU, copies of the weights laid out for it.
+
+        Later changes of the weights are not seen. Where nothing is gained, on a GPU or in float64, an entry is None.
+        """
+        return [block.pack() for block in self.blocks]
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -233,6 +279,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         cache: FrameKVCache | None = None,
         num_commit: int = 0,
         modulation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        run_layers: Sequence[RunLayers | None] | None = None,
     ) -> torch.Tensor:
         """One evaluation of consecutive frames.
 
@@ -244,6 +291,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
             cache (FrameKVCache or None): finished frames, from `new_cache`.
             num_commit (int): the first so many frames are finished (timestep 0) and are added to the cache.
             modulation: what `modulate` gives, in place of `timestep` and `class_labels`.
+            run_layers: what `pack` gives, in place of the blocks' own; without gradients.
 
         Returns:
             torch.Tensor of shape (B, F, L, C).
@@ -268,12 +316,14 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         mask = None
         if num_held < config.window - 1:  # else each frame has its whole window: `attend_windows`
             mask = frame_mask(
-                num_frames, num_held + num_frames, config.window, num_tokens, hidden_states.device, config.causal
-            )
+                num_frames, num_held + num_frames, config.window, num_tokens,
+                hidden_states.dtype, hidden_states.device, config.causal,
+            )  # fmt: skip
         rotary = frame_rotation(first, num_frames, self.head_dim, hidden_states.dtype, hidden_states.device)
         tokens = self.embed(hidden_states) + self.token_positions
+        run_layers = run_layers or [None] * len(self.blocks)
         for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, block_modulation, rotary, mask, cache, layer)
+            tokens = block(tokens, block_modulation, rotary, mask, cache, layer, run_layers[layer])
         if num_commit:
             cache.commit(num_commit)
         shift, scale, through = out_modulation.split([config.width, config.width, channels], dim=-1)

@@ -323,6 +323,7 @@ class ARDiffPipeline(DiffusionPipeline):
         Both guidance halves are one batch. What timesteps and classes do is computed here, for the whole run.
         """
         transformer, device = self.transformer, self._execution_device
+        dtype = transformer.dtype  # looks through all modules
         guided = self.is_guided(guidance_scale, inputs.labels is not None)
         labels = torch.full((inputs.batch_size,), transformer.null_class) if inputs.labels is None else inputs.labels
         if guided:
@@ -332,14 +333,16 @@ class ARDiffPipeline(DiffusionPipeline):
         # (labels, N + 1, ...) each
         tables = transformer.modulate(timesteps.expand(len(labels), -1).to(device), labels.to(device))
         video = video[:, None].to(device)
+        run_layers = transformer.pack() if device.type == "cpu" else None
 
         def network(
             latents: torch.Tensor, steps: torch.Tensor, cache: FrameKVCache | None = None, num_commit: int = 0
         ) -> torch.Tensor:
             sample = torch.cat([latents, latents]) if guided else latents
             modulation = tuple(table[video, steps] for table in tables)
-            sample = sample.to(transformer.dtype)
-            output = transformer(sample, cache=cache, num_commit=num_commit, modulation=modulation).to(latents.dtype)
+            output = transformer(
+                sample.to(dtype), cache=cache, num_commit=num_commit, modulation=modulation, run_layers=run_layers
+            ).to(latents.dtype)
             if not guided:
                 return output
             without, with_class = output.chunk(2)

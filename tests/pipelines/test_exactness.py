@@ -202,7 +202,8 @@ def live_bytes():
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in gc.get_objects()
-        if issubclass(type(tensor), torch.Tensor)  # isinstance would ask proxies, which warn
+        # isinstance would ask proxies, which warn; packed weights have no storage to ask
+        if issubclass(type(tensor), torch.Tensor) and not tensor.is_mkldnn
     }
     return sum(storages.values())
 
