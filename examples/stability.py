@@ -172,11 +172,10 @@ def each_error(
 # --- figures ----------------------------------------------------------------------------------------------------
 
 
-def spread(loss: list[float]) -> float:
-    """How far the loss of a step is from the running median of WINDOW steps: standard deviation of the logarithm."""
-    logs = np.log(loss)
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(logs, WINDOW), axis=1)
-    return float(np.std(logs[WINDOW // 2 : len(logs) - WINDOW // 2] - medians))
+def beside_median(values: list[float]) -> np.ndarray:
+    """Values over the running median of the WINDOW around them; half a window is lost at either end."""
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(values, WINDOW), axis=1)
+    return np.array(values[WINDOW // 2 : len(values) - WINDOW // 2]) / medians
 
 
 def wobble(curve: list[float]) -> float:
@@ -187,74 +186,102 @@ def wobble(curve: list[float]) -> float:
 
 
 def figures_of(result: dict, warmup_steps: int) -> dict[str, float]:
-    """The figures of one run, after the warm-up; of one that ended in no number only how far it came."""
-    norms = np.array(result["grad_norm"][warmup_steps:])
-    found = {"steps": len(result["loss"])}
+    """The figures of one run, after the warm-up; none of a run that ended in no number."""
     if not result["finite"]:
-        return found
-    median = float(np.median(norms))
-    return found | {
-        "loss_spread": spread(result["loss"][warmup_steps:]),
-        "grad_norm_median": median,
-        "grad_norm_tail": float(np.quantile(norms, 0.99)) / median,
-        "spikes": int((norms > SPIKE * median).sum()),
-        "wobble": wobble(result["curve"][WEIGHTS[0]]),
-        "wobble_averaged": wobble(result["curve"][f"average {DECAY}"]),
-        "held_out": result["held_out"][WEIGHTS[0]]["mse"],
-        "held_out_averaged": result["held_out"][f"average {DECAY}"]["mse"],
+        return {}
+    norms = result["grad_norm"][warmup_steps:]
+    found = {
+        "loss_spread": float(np.std(np.log(beside_median(result["loss"][warmup_steps:])))),
+        "grad_norm": float(np.median(norms)),
+        "grad_norm_tail": float(np.quantile(beside_median(norms), 0.99)),
+        "spikes": int((beside_median(norms) > SPIKE).sum()),
     }
+    for name in WEIGHTS:
+        found[f"wobble, {name}"] = wobble(result["curve"][name])
+        found[f"error, {name}"] = result["held_out"][name]["mse"]
+    return found
 
 
-COLUMNS = {
+TRAINING = {
     "loss_spread": ("spread of the loss", "{:.1%}"),
-    "grad_norm_median": ("gradient norm, median", "{:.3f}"),
-    "grad_norm_tail": ("99th percentile / median", "{:.2f}"),
+    "grad_norm": ("gradient norm, median", "{:.3f}"),
+    "grad_norm_tail": ("99th percentile of it beside the median", "{:.2f}"),
     "spikes": ("spikes", "{:.1f}"),
-    "wobble": ("wobble of the held-out error", "{:.1%}"),
-    "wobble_averaged": ("of the averaged weights'", "{:.1%}"),
-    "held_out": ("held-out error", "{:.4f}"),
-    "held_out_averaged": ("of the averaged weights", "{:.4f}"),
+    "wobble, weights": ("wobble of the held-out error", "{:.1%}"),
+    "error, weights": ("held-out error", "{:.4f}"),
+    f"error, average {DECAY}": (f"of average {DECAY}", "{:.4f}"),
 }
+AVERAGES = {
+    f"{what}, {name}": (f"{what}, {name}", form)
+    for what, form in (("error", "{:.4f}"), ("wobble", "{:.1%}"))
+    for name in WEIGHTS
+}
+DIFFERENCES = {name: head for name, (head, _) in TRAINING.items() if name not in ("grad_norm", "spikes")}
 
 
 def table_rows(results: dict[str, dict[str, list[dict]]], warmup_steps: int) -> list[dict]:
-    """A row for every learning rate and arm: how many runs ended in numbers, and of every figure the seeds' values."""
+    """A row for every learning rate and arm: the seeds' figures, and their relative differences from the base."""
     rows = []
     for rate, arms in results.items():
-        base = [figures_of(result, warmup_steps) for result in arms.get("base", [])]
+        base = [figures_of(result, warmup_steps) for result in arms["base"]]
         for arm, seeds in arms.items():
             found = [figures_of(result, warmup_steps) for result in seeds]
-            row = {
-                "learning_rate": float(rate),
-                "arm": arm,
-                "finite": sum(result["finite"] for result in seeds),
-                "seeds": len(seeds),
-            }
-            for name in COLUMNS:
-                row[name] = [figures[name] for figures in found if name in figures]
-            pairs = zip(found, base, strict=False)
-            row["difference"] = [
-                figures["held_out_averaged"] / other["held_out_averaged"] - 1.0
-                for figures, other in pairs
-                if "held_out_averaged" in figures and "held_out_averaged" in other
-            ]
-            rows.append(row)
+            figures = {name: [one[name] for one in found if one] for name in (*TRAINING, *AVERAGES)}
+            pairs = [(one, other) for one, other in zip(found, base, strict=True) if one and other]
+            differences = {name: [one[name] / other[name] - 1.0 for one, other in pairs] for name in DIFFERENCES}
+            survived = f"{sum(map(bool, found))} of {len(found)}"
+            rows.append(
+                {"rate": rate, "arm": arm, "survived": survived, "figures": figures, "differences": differences}
+            )
     return rows
 
 
-def print_table(rows: list[dict]) -> None:
-    """Markdown: mean (lowest..highest) over the seeds; last the difference from the base, ± half the 95 % t interval."""
-    heads = ["learning rate", "recipe", "survived", *(head for head, _ in COLUMNS.values()), "beside the base"]
-    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+def print_table(heads: list[str], rows: list[list[str]]) -> None:
+    """Markdown."""
+    print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for row in rows:
-        cells = [f"{row['learning_rate']:g}", row["arm"], f"{row['finite']} of {row['seeds']}"]
-        for name, (_, form) in COLUMNS.items():
-            values = row[name]
-            text = [form.format(value) for value in (np.mean(values), min(values), max(values))] if values else []
-            cells.append(f"{text[0]} ({text[1]}..{text[2]})" if text else "")
-        found = interval(row["difference"]) if len(row["difference"]) > 1 and row["arm"] != "base" else None
-        cells.append(f"{found['mean']:+.1%} ± {found['half_width']:.1%}".replace("%", " %") if found else "")
-        print("| " + " | ".join(cells).replace("%)", " %)") + " |")
+        print("| " + " | ".join(row).replace("%", " %") + " |")
+
+
+def with_range(values: list[float], form: str) -> str:
+    """Mean (lowest..highest)."""
+    if not values:
+        return "-"
+    mean, low, high = (form.format(value) for value in (np.mean(values), min(values), max(values)))
+    return f"{mean} ({low}..{high})"
+
+
+def with_interval(values: list[float]) -> str:
+    """Mean ± half the 95 % t interval, bold when that leaves out zero."""
+    if len(values) < 2:
+        return "-"
+    found = interval(values)
+    text = f"{found['mean']:+.1%} ± {found['half_width']:.1%}"
+    return f"**{text}**" if abs(found["mean"]) > found["half_width"] else text
+
+
+def print_tables(rows: list[dict]) -> None:
+    """The training, what differs from the base, and the averages of the base's weights."""
+    names = [[row["rate"], row["arm"]] for row in rows]
+    cells = [
+        [*name, row["survived"], *(with_range(row["figures"][key], form) for key, (_, form) in TRAINING.items())]
+        for name, row in zip(names, rows, strict=True)
+    ]
+    print_table(["learning rate", "recipe", "survived", *(head for head, _ in TRAINING.values())], cells)
+    cells = [
+        [*name, *(with_interval(row["differences"][key]) for key in DIFFERENCES)]
+        for name, row in zip(names, rows, strict=True)
+        if row["arm"] != "base"
+    ]
+    print_table(["learning rate", "recipe beside the base", *DIFFERENCES.values()], cells)
+    cells = [
+        [row["rate"], weights]
+        + [with_range(row["figures"][f"{what}, {weights}"], AVERAGES[f"{what}, {weights}"][1]) for what in ("error", "wobble")]
+        for row in rows
+        if row["arm"] == "base"
+        for weights in WEIGHTS
+    ]  # fmt: skip
+    print_table(["learning rate", "base", "held-out error", "wobble"], cells)
 
 
 # --- curves -----------------------------------------------------------------------------------------------------
@@ -265,74 +292,84 @@ def smooth(values: list[float], every: int) -> np.ndarray:
     return np.median(np.reshape(values[: len(values) // every * every], (-1, every)), axis=1)
 
 
+class Curves:
+    """Draws lines with the band of the seeds' range, and keeps their numbers as rows of a CSV."""
+
+    def __init__(self) -> None:
+        self.rows: list[list] = []
+
+    def add(
+        self,
+        axis: object,
+        name: list[str],
+        places: np.ndarray,
+        seeds: list,
+        colour: str,
+        *,
+        label: str,
+        base: list | None = None,
+    ) -> None:
+        """One line: `seeds` are values at `places`, drawn beside those of `base` where it is given; None = no such value."""
+        if not seeds:
+            return
+        values = np.array(seeds, dtype=float)
+        shown = values if base is None else values / np.array(base, dtype=float)
+        axis.plot(places, shown.mean(0), color=colour, linewidth=1.2, label=label)
+        axis.fill_between(places, shown.min(0), shown.max(0), color=colour, alpha=0.15, linewidth=0)
+        figures = zip(values.mean(0), values.min(0), values.max(0), strict=True)
+        self.rows += [
+            [*name, f"{place:g}", *(f"{value:.5g}" for value in found)]
+            for place, found in zip(places, figures, strict=True)
+        ]
+
+
 def draw(results: dict[str, dict[str, list[dict]]], every: int, probe_every: int) -> tuple[object, list[list]]:
-    """Loss and gradient norm along the training, error by timestep and of averages; and the same as rows of a CSV."""
-    rates = list(results)
-    figure, axes = new_figure(9.6, 3, 2)
-    rows = []
-    for column, rate in enumerate(rates[:2]):
-        for index, (arm, seeds) in enumerate(results[rate].items()):
-            for axis, name in zip(axes[:2, column], ("mse", "grad_norm"), strict=True):
-                curves = [smooth(result[name], every) for result in seeds]
-                length = min(len(curve) for curve in curves)
-                if not length:
-                    continue
-                curves = np.array([curve[:length] for curve in curves])
-                steps = (np.arange(length) + 1) * every
-                axis.plot(steps, curves.mean(0), color=COLOURS[index], linewidth=1.2, label=arm)
-                axis.fill_between(steps, curves.min(0), curves.max(0), color=COLOURS[index], alpha=0.15, linewidth=0)
-                what = {"mse": "training error", "grad_norm": "gradient norm"}[name]
-                rows += [
-                    [what, arm, rate, step, *(f"{value:.5g}" for value in (values.mean(), values.min(), values.max()))]
-                    for step, values in zip(steps.tolist(), curves.T, strict=True)
-                ]
-        for axis, title in zip(
-            axes[:2, column], ("squared error of the clean tokens", "gradient norm before clipping"), strict=True
-        ):
-            set_log(axis, "y")
-            set_title(axis, f"{title}, learning rate {rate}")
-            axis.set_xlabel(f"step (medians of {every}; band: range of the seeds)", fontsize=9)
-            axis.grid(alpha=0.3)
-    left, right = axes[2]
+    """The figure and its CSV rows: loss, gradient norm, held-out error by timestep; a column for each of two learning rates."""
+    curves, rates = Curves(), list(results)[:2]
+    figure, axes = new_figure(12.0, 4, len(rates), sharey="row")
     middle = (np.arange(TIMESTEP_RANGES) + 0.5) * 1000 / TIMESTEP_RANGES
-    base = [
-        result["held_out"][f"average {DECAY}"]["by_timestep"]
-        for result in results[rates[0]]["base"]
-        if result["finite"]
-    ]
-    for index, (arm, seeds) in enumerate(results[rates[0]].items()):
-        found = [result["held_out"][f"average {DECAY}"]["by_timestep"] for result in seeds if result["finite"]]
-        if not found or len(found) != len(base):
-            continue
-        ratio = np.array(found) / np.array(base)
-        left.plot(middle, ratio.mean(0), color=COLOURS[index], marker=".", linewidth=1.2)
-        left.fill_between(middle, ratio.min(0), ratio.max(0), color=COLOURS[index], alpha=0.15, linewidth=0)
-        rows += [
-            ["held-out error by timestep", arm, rates[0], int(timestep), *(f"{value:.5g}" for value in (values.mean(), values.min(), values.max()))]
-            for timestep, values in zip(middle.tolist(), np.array(found).T, strict=True)
-        ]  # fmt: skip
-    set_log(left, "y")
-    set_title(left, f"held-out error beside the base, averaged, rate {rates[0]}")
-    left.set_xlabel("timestep (large = noisy)", fontsize=9)
-    left.grid(alpha=0.3)
-    for index, name in enumerate(WEIGHTS):
-        curves = np.array([result["curve"][name] for result in results[rates[0]]["base"] if result["finite"]])
-        steps = (np.arange(curves.shape[1]) + 1) * probe_every
-        colour = GREY if index == 0 else COLOURS[(1, 0, 2)[index - 1]]
-        right.plot(steps, curves.mean(0), color=colour, linewidth=1.2, label=name)
-        right.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
-        rows += [
-            [f"held-out error, {name}", "base", rates[0], step, *(f"{value:.5g}" for value in (values.mean(), values.min(), values.max()))]
-            for step, values in zip(steps.tolist(), curves.T, strict=True)
-        ]  # fmt: skip
-    set_log(right, "y")
-    set_title(right, f"held-out error of the base, rate {rates[0]}")
-    right.set_xlabel("step", fontsize=9)
-    right.legend(fontsize=8, frameon=False)
-    right.grid(alpha=0.3)
+    averaged = f"average {DECAY}"
+    for column, rate in zip(axes.T, rates, strict=True):
+        arms = {arm: [result for result in seeds if result["finite"]] for arm, seeds in results[rate].items()}
+        for index, (arm, seeds) in enumerate(arms.items()):
+            for axis, key, name in zip(
+                column, ("mse", "grad_norm"), ("training error", "gradient norm"), strict=False
+            ):
+                values = [smooth(result[key], every) for result in seeds]
+                steps = (np.arange(len(values[0]) if values else 0) + 1) * every
+                curves.add(axis, [name, arm, rate], steps, values, COLOURS[index], label=arm)
+            if len(seeds) == len(arms["base"]):
+                found, base = (
+                    [result["held_out"][averaged]["by_timestep"] for result in part] for part in (seeds, arms["base"])
+                )
+                name = [f"held-out error by timestep, {averaged}", arm, rate]
+                curves.add(column[2], name, middle, found, COLOURS[index], label=arm, base=base)
+        for index, weights in enumerate(WEIGHTS):
+            found = [result["curve"][weights] for result in arms["base"]]
+            steps = (np.arange(len(found[0]) if found else 0) + 1) * probe_every
+            name = [f"held-out error, {weights}", "base", rate]
+            curves.add(column[3], name, steps, found, (GREY, *COLOURS)[index], label=weights)
+        titles = (
+            f"training error at learning rate {rate}", "gradient norm before clipping", "held-out error by timestep, beside the base",
+            "held-out error of the base's weights and their averages",
+        )  # fmt: skip
+        for axis, title, below in zip(
+            column, titles, ("step", "step", "timestep (large = noisy)", "step"), strict=True
+        ):
+            if axis is not column[2]:
+                set_log(axis, "y")
+            set_title(axis, title)
+            axis.set_xlabel(below, fontsize=9)
+            axis.grid(alpha=0.3)
+        column[3].legend(fontsize=8, frameon=False)
+    for axis, text in zip(
+        axes[:, 0], ("squared error of tokens", "norm", "times the base's", "squared error of tokens"), strict=True
+    ):
+        axis.set_ylabel(text, fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    return figure, rows
+    title = f"lines: mean of the seeds, bands: their range; steps: medians of {every}"
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False, title=title)
+    return figure, curves.rows
 
 
 def save_small(figure: object, path: Path) -> None:
@@ -402,41 +439,26 @@ def main() -> None:
                 bar.update()
     bar.close()
     rows = table_rows(results, warmup_steps)
-    print_table(rows)
+    print_tables(rows)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        figure, curve_rows = draw(results, max(args.steps // 24, 1), args.probe_every)
+        figure, curves = draw(results, max(args.steps // 24, 1), args.probe_every)
         save_small(figure, args.out / "curves.png")
-        write_csv(
-            args.out / "curves.csv",
-            ["curve", "recipe", "learning rate", "step or timestep", "mean", "lowest", "highest"],
-            curve_rows,
-        )
-        names = [*COLUMNS, "difference"]
-        seeds = [
-            [
-                row["learning_rate"],
-                row["arm"],
-                f"{row['finite']} of {row['seeds']}",
-                name,
-                *(f"{value:.5g}" for value in row[name]),
-            ]
-            for row in rows
-            for name in names
-        ]
+        heads = ["curve", "recipe", "learning rate", "step or timestep", "mean", "lowest", "highest"]
+        write_csv(args.out / "curves.csv", heads, curves)
+        heads = ["learning rate", "recipe", "survived", "figure", "values of the seeds that survived"]
         write_csv(
             args.out / "table.csv",
-            ["learning rate", "recipe", "survived", "figure", *(f"seed {s}" for s in range(args.seeds))],
-            seeds,
+            heads,
+            [
+                [row["rate"], row["arm"], row["survived"], name, *(f"{value:.5g}" for value in values)]
+                for row in rows
+                for name, values in row["figures"].items()
+            ],
         )
-    seconds = {
-        arm: float(np.mean([r["seconds"] for rate in results.values() for r in rate[arm]])) for arm in args.arms
-    }
-    print(
-        json.dumps(
-            {"settings": vars(args) | {"work": str(args.work), "out": str(args.out)}, "rows": rows, "seconds": seconds}
-        )
-    )
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    seconds = [result["seconds"] for arms in results.values() for seeds in arms.values() for result in seeds]
+    print(json.dumps({"settings": settings, "rows": rows, "seconds_per_run": float(np.mean(seconds))}))
 
 
 if __name__ == "__main__":

@@ -80,8 +80,11 @@ def test_qk_norm_takes_the_size_of_queries_and_keys_away(generator):
 
 def test_spread_is_that_of_the_noise_and_not_of_the_trend(script):
     steps, noise = np.arange(2000), np.random.default_rng(0).normal(scale=0.2, size=2000)
-    assert script.spread(list(np.exp(-steps / 500 + noise))) == pytest.approx(0.2, rel=0.1)
-    assert script.wobble(list(np.exp(-steps / 500 + noise / 2))) == pytest.approx(0.1, rel=0.1)
+    norms = list(np.exp(-steps / 500 + noise))
+    assert np.log(script.beside_median(norms)).std() == pytest.approx(0.2, rel=0.1)
+    assert script.wobble(norms) == pytest.approx(0.2, rel=0.1)
+    norms[700] *= 20
+    assert np.flatnonzero(script.beside_median(norms) > script.SPIKE).tolist() == [700 - script.WINDOW // 2]
 
 
 def test_a_run_is_measured_and_one_without_numbers_is_a_result(script, tmp_path):
@@ -98,11 +101,11 @@ def test_a_run_is_measured_and_one_without_numbers_is_a_result(script, tmp_path)
     draws["labels"] %= len(names)
     good = script.train(preset("scenes-64-cpu", **options), True, vae, draws, 11, 3)
     figures = script.figures_of(good, 2)
-    assert set(figures) == {*script.COLUMNS, "steps"}
+    assert set(figures) == {*script.TRAINING, *script.AVERAGES}
     assert len(good["curve"]["weights"]) == 4
-    assert figures["held_out"] < good["curve"]["weights"][0]  # it has learned
+    assert figures["error, weights"] < good["curve"]["weights"][0]  # it has learned
     assert good["held_out"]["weights"]["mse"] != good["held_out"]["average 0.9"]["mse"]
     bad = script.train(preset("scenes-64-cpu", **options, learning_rate=1e30), True, vae, draws, 11, 3)
     rows = script.table_rows({"0.01": {"base": [good, good], "without qk-norm": [good, bad]}}, 2)
-    assert [row["finite"] for row in rows] == [2, 1]
-    assert rows[1]["difference"] == [0.0]
+    assert [row["survived"] for row in rows] == ["2 of 2", "1 of 2"]
+    assert rows[1]["differences"]["loss_spread"] == [0.0]
