@@ -106,13 +106,13 @@ class RunLayers(NamedTuple):
 class FrameBlock(nn.Module):
     """Attention over frames and an MLP, both modulated per frame."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, qk_norm: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
         # Queries and keys of unit size keep attention scores within sqrt(head size): training stays stable in bf16.
-        self.norm_qk = nn.RMSNorm(width // num_heads, eps=1e-6, elementwise_affine=False)
+        self.norm_qk = nn.RMSNorm(width // num_heads, eps=1e-6, elementwise_affine=False) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
@@ -187,6 +187,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         window (int): how many frames back a frame can see, itself included.
         class_names (list of str): names of the classes; empty = unconditional only. A trained null class is added.
         causal (bool): False lets a frame see later frames of the window too, and there is no cache: for comparison.
+        qk_norm (bool): queries and keys of unit size. False is for comparison too.
     """
 
     _no_split_modules = ["FrameBlock"]
@@ -204,6 +205,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         window: int = 16,
         class_names: list[str] = (),
         causal: bool = True,
+        qk_norm: bool = True,
     ) -> None:
         super().__init__()
         if width % num_heads or (width // num_heads) % 4:
@@ -217,7 +219,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
         self.timestep_embedding = TimestepEmbedding(256, width)
         self.class_embedding = nn.Embedding(len(class_names) + 1, width)
         self.modulation = nn.Linear(width, 6 * width)
-        self.blocks = nn.ModuleList(FrameBlock(width, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(FrameBlock(width, num_heads, qk_norm) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         # Shift and scale of the output, and per channel how much of the noisy input passes straight through: near timestep
         # 0 the input is the answer, and the network need not copy it.

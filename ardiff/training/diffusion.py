@@ -53,6 +53,10 @@ class DiffusionTrainingConfig(TrainingConfig):
     timesteps: str = option("fopp", f"law of the training timesteps: {', '.join(SAMPLERS)}")
     synchronous_share: float = option(0.1, "share of clips with one timestep for all frames")
     lagged_share: float = option(0.3, "share of clips with a row of a random sampling plan")
+    timestep_candidates: int = option(
+        1,
+        "timesteps drawn for each clip, one of which is taken so that a step has all noise levels evenly; 1 = left to chance",
+    )
     class_dropout: float = option(0.1, "share of clips trained without their class, for guidance")
     snr_cap: float = option(5.0, "x0 loss weight of a frame is min(1 + SNR, this); 1 = plain mean squared error")
     init_from: str = option("", "pipeline folder whose transformer to start from; '' = random weights")
@@ -68,8 +72,9 @@ class DiffusionTrainingConfig(TrainingConfig):
         super().__post_init__()
         if self.timesteps not in SAMPLERS:
             raise ValueError(f"`timesteps` must be one of {', '.join(SAMPLERS)} but is {self.timesteps!r}.")
-        if self.draws_per_clip < 1:
-            raise ValueError(f"`draws_per_clip` must be at least 1 but is {self.draws_per_clip}.")
+        for name in ("draws_per_clip", "timestep_candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1 but is {getattr(self, name)}.")
         if self.snr_cap < 1.0:
             raise ValueError(f"`snr_cap` must be at least 1 but is {self.snr_cap}.")
         if self.images_per_clip < 0 or 0 < self.images_per_clip * self.batch_size < 1:
@@ -102,7 +107,28 @@ def draw_timesteps(
     num_train_timesteps: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Timesteps (batch_size, num_frames) by the configured law and the shares of synchronous and lagged clips."""
+    """Timesteps (batch_size, num_frames) by the configured law and the shares of synchronous and lagged clips.
+
+    With several candidates a clip, these are sorted by their mean, a random one of each group of neighbours is taken, and the
+    order is random again. Every candidate is as likely to be taken for a clip, so its law stays exactly what it is; only clips
+    of one batch are no longer independent: their noise levels cover the range evenly, and the loss jumps less.
+    """
+    num_candidates = config.timestep_candidates
+    timesteps = _draw_each(config, batch_size * num_candidates, num_frames, num_train_timesteps, generator)
+    if num_candidates == 1:
+        return timesteps
+    groups = timesteps.double().mean(1).argsort(stable=True).view(batch_size, num_candidates)
+    taken = groups.gather(1, torch.randint(num_candidates, (batch_size, 1), generator=generator))[:, 0]
+    return timesteps[taken[torch.randperm(batch_size, generator=generator)]]
+
+
+def _draw_each(
+    config: DiffusionTrainingConfig,
+    batch_size: int,
+    num_frames: int,
+    num_train_timesteps: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
     sizes = batch_size, num_frames, num_train_timesteps
     timesteps = SAMPLERS[config.timesteps](*sizes, generator=generator)
     lagged = sample_lagged(*sizes, generator=generator)
