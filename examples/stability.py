@@ -25,7 +25,7 @@ from ardiff.data.clips import FIRST_TRAINING_SEED, step_generator
 from ardiff.data.latents import LatentClips, cache_latents
 from ardiff.data.pixels import to_pixels
 from ardiff.data.scenes import SCENES, render_batch
-from ardiff.evaluation.ablation import interval, write_csv
+from ardiff.evaluation.ablation.reporting import interval, write_csv
 from ardiff.evaluation.plots import COLOURS, DPI, GREY, new_figure, set_log, set_title
 from ardiff.schedulers.scheduling_ad import ADScheduler
 from ardiff.training.diffusion import DiffusionTrainingConfig, Source, denoise, preset

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ardiff.models.packed import can_pack
 from ardiff.pipelines.loading import bundled_models
 from ardiff.serving.limits import Limits
 
@@ -43,17 +44,18 @@ class Cost:
 class Memory:
     """Bytes that a run takes on the device beside the weights, about.
 
-    `cache` once, `frame` for every frame that a call evaluates, both twice with guidance; `decoded` for every frame that is
-    decoded in one go.
+    `packed` for the copy of the weights that a run on a CPU makes; `cache` once, `frame` for every frame that a call
+    evaluates, both twice with guidance; `decoded` for every frame that is decoded in one go.
     """
 
+    packed: int
     cache: int
     frame: int
     decoded: int
 
     def bytes(self, evaluated: int, decoded: int, guided: bool) -> int:
         twice = 2 if guided else 1
-        return self.cache * twice + max(self.frame * evaluated * twice, self.decoded * decoded)
+        return self.packed + self.cache * twice + max(self.frame * evaluated * twice, self.decoded * decoded)
 
 
 @dataclass(eq=False)
@@ -103,7 +105,9 @@ class LoadedModel:
         channels = vae.config["stem_channels"][0] if "stem_channels" in vae.config else vae.config["base_channels"]
         cached = 0 if self.whole_window else 2 * transformer.config.depth * (self.window - 1)
         decoded = 3 * channels * self.image_size**2 * vae.dtype.itemsize // 2
-        return Memory(cache=cached * tokens * size, frame=18 * tokens * size, decoded=decoded)
+        packs = not self.whole_window and self.device == "cpu" and can_pack(transformer.blocks[0].qkv)
+        packed = sum(weight.nbytes for weight in transformer.blocks.parameters()) if packs else 0
+        return Memory(packed=packed, cache=cached * tokens * size, frame=18 * tokens * size, decoded=decoded)
 
     def run_memory(self, plan: np.ndarray, num_prompt_frames: int, guided: bool) -> int:
         """Bytes that a run of a plan (R, F) takes beside the weights, about."""

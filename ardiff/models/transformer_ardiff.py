@@ -150,10 +150,11 @@ class FrameBlock(nn.Module):
         """Layers for a run on a CPU; None where there is nothing faster than the block's own."""
         if not all(can_pack(linear) for linear in (self.qkv, self.proj, self.fc1, self.fc2)):
             return None
+        lean = isinstance(self.norm_qk, nn.RMSNorm)
         return RunLayers(
             qkv=PackedLinear(self.qkv),
             # The lean norm rounds lengths to the dtype.
-            norm_qk=LeanRMSNorm(self.norm_qk) if self.qkv.weight.dtype == torch.float32 else self.norm_qk,
+            norm_qk=LeanRMSNorm(self.norm_qk) if lean and self.qkv.weight.dtype == torch.float32 else self.norm_qk,
             proj=PackedLinear(self.proj),
             expand=PackedLinear(self.fc1, gelu=True),
             fc2=PackedLinear(self.fc2),

@@ -99,7 +99,8 @@ def test_memory(page, tiny_pipeline):
         for settings, needed in zip(GRID, found, strict=True):
             assert needed == model.run_memory(schedule(*settings).numpy(), settings[3], guided), settings
     words = page.evaluate(
-        SENTENCE.replace("frame: 0.001", "frame: 0.001, memory: { cache: 2e9, frame: 0, decoded: 0 }"), [16, 50, 5, 0]
+        SENTENCE.replace("frame: 0.001", "frame: 0.001, memory: { packed: 0, cache: 2e9, frame: 0, decoded: 0 }"),
+        [16, 50, 5, 0],
     )
     assert words["text"].endswith("in flight, about 3.7 GB of memory, about 14 s.")
 

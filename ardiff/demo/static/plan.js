@@ -49,9 +49,9 @@ function runMemory(plan, guided, model) {
   const together = Math.max(...plan.offsets.map(same));
   // Prompt frames are evaluated once, beside the frames that take the first step of all.
   const evaluated = Math.max(planCounts(plan).maxInFlight, plan.prompts + same(0));
-  const { cache, frame, decoded } = model.memory;
+  const { packed, cache, frame, decoded } = model.memory;
   const twice = guided ? 2 : 1;
-  return cache * twice + Math.max(
+  return packed + cache * twice + Math.max(
     frame * (model.whole_window ? model.window : evaluated) * twice, decoded * Math.max(together, plan.prompts));
 }
 
