@@ -9,8 +9,13 @@ from torch import nn
 
 
 def can_pack(linear: nn.Linear) -> bool:
-    """Whether there are kernels for this layer: a plain one, on a CPU, in float32 or, where the processor has it, bfloat16."""
-    if type(linear) is not nn.Linear or linear.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    """Whether there are kernels for this layer: a plain one, on a CPU, in float32 or, where the processor has it, bfloat16.
+
+    Under autocast the layers themselves choose the dtype of each product.
+    """
+    if type(linear) is not nn.Linear or linear.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if not torch.backends.mkldnn.is_available():
         return False
     if linear.weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -172,8 +172,10 @@ def _forward_again(forward: Callable, *args: object, **options: object) -> objec
 
 
 def is_death_of_worker(error: BaseException | None) -> bool:
-    """Whether an error is PyTorch's of a data process that is gone."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    """Whether an error is PyTorch's of a data process that is gone, or of the pipe to one that went while it sent something."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    return isinstance(error, ConnectionError | EOFError)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -273,14 +275,14 @@ class TrainingRun:
         if error is None:
             return
         self._bar.close()
-        if isinstance(error, OSError | SafetensorError):
-            file, reason = getattr(error, "filename", None) or "A file", getattr(error, "strerror", None) or error
-            raise TrainingError(f"{file} could not be read or written: {reason}. {self._last_good()}") from error
         if is_death_of_worker(error):
             raise TrainingError(
                 f"A data process died after step {self.step}, most often for want of memory: fewer `num_workers` need less. "
                 f"{self._last_good()}"
             ) from error
+        if isinstance(error, OSError | SafetensorError):
+            file, reason = getattr(error, "filename", None) or "A file", getattr(error, "strerror", None) or error
+            raise TrainingError(f"{file} could not be read or written: {reason}. {self._last_good()}") from error
 
     def _last_good(self) -> str:
         checkpoints = self._checkpoints()

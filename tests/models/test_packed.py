@@ -34,6 +34,8 @@ def test_what_cannot_be_packed_is_left_alone(tiny_transformer):
     assert not can_pack(nn.Linear(4, 4).double())
     assert not can_pack(nn.Linear(4, 4, device="meta"))
     assert not can_pack(type("Adapted", (nn.Linear,), {})(4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not can_pack(nn.Linear(4, 4))
     tiny_transformer.double()
     assert set(tiny_transformer.pack()) == {None}
 

@@ -1,5 +1,6 @@
 """What ends a run ends it with one clear message, and the last good checkpoint goes on as if nothing had been."""
 
+import errno
 import os
 import resource
 import signal
@@ -119,6 +120,19 @@ def test_a_data_process_that_dies(tmp_path, trained_vae, straight, monkeypatch):
         with pytest.raises(TrainingError, match=message):
             train_diffusion(diffusion_config(tmp_path, trained_vae, num_workers=1, **OPTIONS))
     assert_goes_on(tmp_path, trained_vae, straight)
+
+
+def test_a_data_process_that_dies_while_it_sends(tmp_path, trained_vae, monkeypatch):
+    draw = SceneClips.__getitem__
+
+    def broken_off(clips, step):
+        if step == 5:
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        return draw(clips, step)
+
+    monkeypatch.setattr(SceneClips, "__getitem__", broken_off)
+    with pytest.raises(TrainingError, match="A data process died after step 5.*step-00000004, is intact"):
+        train_diffusion(diffusion_config(tmp_path, trained_vae, **OPTIONS))
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(tmp_path, trained_vae):
