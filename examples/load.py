@@ -169,7 +169,7 @@ def browse(url: str, until: float, figures: Figures) -> None:
     """One visitor who only looks: loads the page, its configuration, and what it asks for when it opens."""
     with httpx.Client(trust_env=False, timeout=30) as client:
         functions = client.get(url + "/config").json()["dependencies"]
-        opened = next(function["id"] for function in functions if function["api_name"] == "open_link")
+        opened = next(function["id"] for function in functions if function["api_name"] == "greet")
         body = {"data": [], "fn_index": opened, "session_hash": "looks"}
         asks = {
             "page": lambda: client.get(url + "/"),
