@@ -9,7 +9,7 @@ import secrets
 from abc import ABCMeta
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import gradio as gr
 import torch
 from gradio.components import Component
 from gradio.context import LocalContext
+from gradio.data_classes import ListFiles
 from gradio.themes.utils.fonts import LocalFont
 
 from ardiff.demo.guard import Guard
@@ -444,11 +445,33 @@ def as_sent(kind: type[Component]) -> type[Component]:
     It is the class that differs, as gradio makes a control anew where it is updated. The class is made past gradio's own
     metaclass, which would write a stub file beside this one.
     """
-    members = {"preprocess": lambda self, value: value, "is_template": True, "__module__": kind.__module__}
-    return ABCMeta.__new__(type(kind), kind.__name__, (kind,), members)
+    return _changed(kind, preprocess=lambda self, value: value)
 
 
-Number, Slider = as_sent(gr.Number), as_sent(gr.Slider)
+def _changed(kind: type[Component], **members: Any) -> type[Component]:
+    return ABCMeta.__new__(
+        type(kind), kind.__name__, (kind,), {**members, "is_template": True, "__module__": kind.__module__}
+    )
+
+
+class SentFiles(ListFiles):
+    """Uploads as gradio names them; what is something else is refused in a sentence."""
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> ListFiles:
+        try:
+            return super().model_validate(obj, **options)
+        except ValueError as error:
+            raise gr.Error("A prompt must be a list of uploaded files.", print_exception=False) from error
+
+
+@wraps(gr.File.__init__)  # gradio reads its signature
+def _take_files(self: gr.File, *arguments: Any, **options: Any) -> None:
+    gr.File.__init__(self, *arguments, **options)
+    self.data_model = SentFiles
+
+
+Number, Slider, Files = as_sent(gr.Number), as_sent(gr.Slider), _changed(gr.File, __init__=_take_files)
 
 
 def number(value: float, **options: Any) -> gr.Number:
@@ -493,7 +516,7 @@ def build_demo(session: Session) -> gr.Blocks:
                     f'<p class="ar-label">{TEXT["prompt"]} <span>{TEXT["prompt_info"]}</span></p>',
                     apply_default_css=False,
                 )
-                files = gr.File(
+                files = Files(
                     file_count="multiple", label=TEXT["prompt"], show_label=False, height=84, elem_id="ar-files"
                 )
                 strip = drawn_html("prompt", "mountPrompt", NO_PROMPT)

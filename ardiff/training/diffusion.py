@@ -114,28 +114,18 @@ def draw_timesteps(
     of one batch are no longer independent: their noise levels cover the range evenly, and the loss jumps less.
     """
     num_candidates = config.timestep_candidates
-    timesteps = _draw_each(config, batch_size * num_candidates, num_frames, num_train_timesteps, generator)
+    sizes = batch_size * num_candidates, num_frames, num_train_timesteps
+    timesteps = SAMPLERS[config.timesteps](*sizes, generator=generator)
+    lagged = sample_lagged(*sizes, generator=generator)
+    synchronous = sample_synchronous(*sizes, generator=generator)
+    choice = torch.rand(sizes[0], 1, generator=generator)
+    timesteps = torch.where(choice < config.lagged_share + config.synchronous_share, lagged, timesteps)
+    timesteps = torch.where(choice < config.synchronous_share, synchronous, timesteps)
     if num_candidates == 1:
         return timesteps
     groups = timesteps.double().mean(1).argsort(stable=True).view(batch_size, num_candidates)
     taken = groups.gather(1, torch.randint(num_candidates, (batch_size, 1), generator=generator))[:, 0]
     return timesteps[taken[torch.randperm(batch_size, generator=generator)]]
-
-
-def _draw_each(
-    config: DiffusionTrainingConfig,
-    batch_size: int,
-    num_frames: int,
-    num_train_timesteps: int,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    sizes = batch_size, num_frames, num_train_timesteps
-    timesteps = SAMPLERS[config.timesteps](*sizes, generator=generator)
-    lagged = sample_lagged(*sizes, generator=generator)
-    synchronous = sample_synchronous(*sizes, generator=generator)
-    choice = torch.rand(batch_size, 1, generator=generator)
-    timesteps = torch.where(choice < config.lagged_share + config.synchronous_share, lagged, timesteps)
-    return torch.where(choice < config.synchronous_share, synchronous, timesteps)
 
 
 def training_clips(config: DiffusionTrainingConfig) -> RandomClips | SceneClips:

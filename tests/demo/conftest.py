@@ -1,4 +1,4 @@
-"""One studio and one visitor for all browser tests."""
+"""One studio and one visitor for all browser tests, and a session for those without a browser."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -6,6 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 from studio_page import serve, visit
+
+from ardiff.demo.session import Session
+
+
+@pytest.fixture
+def session(tiny_pipeline) -> Iterator[Session]:
+    session = Session({"tiny": lambda: tiny_pipeline}, warm_up=False)
+    yield session
+    session.close()
 
 
 @pytest.fixture(scope="session")

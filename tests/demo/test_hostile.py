@@ -131,7 +131,8 @@ def check(given: Input, outcome: Outcome) -> None:
     """A clear refusal, or a right result."""
     if outcome.kind == "refused":
         assert outcome.status < 500, (given.name, outcome)
-        assert outcome.words.strip() not in ("", "None", "null"), (given.name, outcome)
+        # A path that is not in its plainest form is sent on to that form, without a word.
+        assert outcome.status // 100 == 3 or outcome.words.strip() not in ("", "None", "null"), (given.name, outcome)
         # gradio's example loader names what it expected and what came, and below that the error.
         words = outcome.words.split("Original error:")[0]
         assert not [word for word in INTERNAL if word in words], (given.name, outcome)

@@ -4,7 +4,6 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 
 import av
@@ -19,13 +18,6 @@ from ardiff.demo.storage import EXPORTS
 
 
 SMALL = {"num_frames": 6, "num_inference_steps": 6, "ar_step": 2}
-
-
-@pytest.fixture
-def session(tiny_pipeline) -> Iterator[Session]:
-    session = Session({"tiny": lambda: tiny_pipeline}, warm_up=False)
-    yield session
-    session.close()
 
 
 def finish(session: Session, request: GenerationRequest) -> tuple[Finished, np.ndarray]:

@@ -3,7 +3,6 @@
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -32,13 +31,6 @@ from ardiff.serving.metrics import LOG_FIELDS, JsonFormatter
 
 
 SMALL = {"num_frames": 6, "num_inference_steps": 6, "ar_step": 2}
-
-
-@pytest.fixture
-def session(tiny_pipeline) -> Iterator[Session]:
-    session = Session({"tiny": lambda: tiny_pipeline}, warm_up=False)
-    yield session
-    session.close()
 
 
 @pytest.fixture
