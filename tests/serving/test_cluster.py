@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install -e '.[serve]'"),
 ]
 
-LONG = {"frames": 32, "gap": 50, "steps": 50}
+LONG = {"frames": 32, "gap": 100, "steps": 100}
 """1,600 calls: five seconds or more, time enough to do something meanwhile."""
 
 
@@ -123,7 +123,7 @@ def test_the_page_is_that_of_the_demo(studio, browser, tmp_path):
             wait_for(page, "done")
             data = request(7, scene="balls", frames=6, gap=5, steps=10)
             assert [digest(frame) for frame in shown_frames(page)] == alone(None, data, studio.pipeline)
-            settle(page, length=64, steps=50, gap=50)
+            settle(page, length=64, steps=200, gap=200)
             press(page, "Generate")
             # Pressed by the page itself, in the moment that it can be: the run may be over when word of it is here.
             button = "document.getElementById('ar-stop')"
