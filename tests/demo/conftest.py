@@ -2,12 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from studio_page import serve, visit
 
 from ardiff.demo.session import Session
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gradio and its web server are not ours to silence: what they warn of, also while a later test runs, fails no test here."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"))
 
 
 @pytest.fixture

@@ -78,17 +78,26 @@ def visit(browser, site, query: str = "", **options) -> Iterator:
 
 
 def settle(page, *, length=6, steps=10, gap=5, seed=7) -> None:
-    """Fill the controls and wait until the page has taken them up."""
+    """Fill the controls until the page has taken them up: a field can lose what is typed in the moment that it appears."""
+    from playwright.sync_api import TimeoutError as TakesTooLong
+
     if not page.locator("#ar-steps").is_visible():
         page.get_by_role("button", name="Steps and guidance").click()
     taken = "([frames, steps, gap]) => { const c = window.ardiffStudio.studio.controls; return c.frames === frames && c.steps === steps && c.gap === gap; }"
-    for name, value in (("steps", steps), ("length", length), ("gap", gap)):
-        field = page.locator(f"#ar-{name} input[type=number]")
-        field.fill(str(value))
-        field.press("Tab")
-    page.locator("#ar-seed input").fill(str(seed))
-    page.get_by_label("Keep").check()
-    page.wait_for_function(taken, arg=[length, steps, gap])
+    end = time.monotonic() + 30
+    while True:
+        for name, value in (("steps", steps), ("length", length), ("gap", gap)):
+            field = page.locator(f"#ar-{name} input[type=number]")
+            field.fill(str(value))
+            field.press("Tab")
+        page.locator("#ar-seed input").fill(str(seed))
+        page.get_by_label("Keep").check()
+        try:
+            page.wait_for_function(taken, arg=[length, steps, gap], timeout=3_000)
+            return
+        except TakesTooLong:
+            if time.monotonic() > end:
+                raise
 
 
 def press(page, name: str) -> None:

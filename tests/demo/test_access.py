@@ -6,8 +6,6 @@ import pytest
 from studio_page import PHASE, STAGE, press, settle, visit, wait_for, wait_for_run
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
 AXE = """async () => {
     const found = await axe.run(document, { resultTypes: ["violations"] });
     if (found.passes.length < 20) throw new Error("axe looked at next to nothing");

@@ -29,9 +29,6 @@ from ardiff import ARDiffPipeline
 from ardiff.demo.ui import launch
 
 
-# Gradio and its web server are not ours to silence: their own deprecations are no failure of the page.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
 # Every look of the third tile, taken down in the page whenever its words change.
 WATCH_TILE = """() => {
     window.seen = { looks: [], words: [] };

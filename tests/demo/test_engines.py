@@ -11,8 +11,6 @@ from PIL import Image
 from studio_page import CONTROLS, PHASE, STAGE, expected
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
 BLANK = """(() => {
     const canvas = document.querySelector("%s"), pen = canvas.getContext("2d");
     const pixels = new Uint32Array(pen.getImageData(0, 0, canvas.width, canvas.height).data.buffer);

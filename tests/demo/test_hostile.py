@@ -27,8 +27,6 @@ from ardiff.demo.ui import launch
 from ardiff.serving.limits import Limits
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
 LIMITS = Limits(upload_megabytes=1, disk_megabytes=16, upload_seconds=30, queue=8, run_seconds=20, runs_per_visitor=4)
 SHARES = {
     "values": 30, "files": 25, "paths": 15, "page": 15, "settings": 8, "bodies": 8, "order": 8, "leaving": 6, "bomb": 3,

@@ -19,8 +19,6 @@ from ardiff.demo.presets import Failed, Finished, FrameReady, GenerationRequest,
 from ardiff.demo.session import Session
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
 SMALL = {"num_frames": 5, "num_inference_steps": 6, "ar_step": 2}
 
 

@@ -18,8 +18,6 @@ from ardiff.serving.limits import Limits, read_accounts
 from ardiff.serving.metrics import CONTENT_TYPE, JsonFormatter, log_as_json
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
 LIMITS = Limits(
     frames=12, steps=20, prompt_frames=2, samples=2, upload_megabytes=1, disk_megabytes=8, upload_seconds=3
 )

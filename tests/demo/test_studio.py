@@ -29,9 +29,6 @@ from ardiff.cli import build_parser
 from ardiff.data.video import write_video
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
-
 def choose(page, name: str, option: str) -> None:
     page.locator(f"#ar-{name} input").click()
     page.get_by_role("option", name=option, exact=True).click()

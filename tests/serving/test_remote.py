@@ -42,7 +42,6 @@ class Replica:
         last = self.dies_after.pop(0) if self.dies_after else None
         self.asked, count = self.asked + 1, 0
         try:
-            self.busy += 1
             while count != last:
                 try:
                     step = thread.submit(lambda: loop.run_until_complete(anext(steps))).result()
@@ -52,7 +51,6 @@ class Replica:
                 count += 1
             raise ReplicaLost
         finally:
-            self.busy -= 1
             thread.submit(lambda: loop.run_until_complete(steps.aclose())).result()
             thread.shutdown()
             loop.close()
@@ -67,8 +65,17 @@ def replicas(folder) -> list[Replica]:
 def session(folder, replicas) -> Iterator[Session]:
     """Two workers, each run on the replica that has nothing to do."""
 
+    choosing = threading.Lock()
+
     def open_steps(name: str, arguments: dict) -> Iterator[dict]:
-        yield from min(replicas, key=lambda replica: replica.busy).open_steps(name, arguments)
+        with choosing:
+            replica = min(replicas, key=lambda replica: replica.busy)
+            replica.busy += 1
+        try:
+            yield from replica.open_steps(name, arguments)
+        finally:
+            with choosing:
+                replica.busy -= 1
 
     session = Session({"tiny": lambda: RemotePipeline(folder, open_steps, "2 replicas")}, workers=2, warm_up=False)
     yield session
