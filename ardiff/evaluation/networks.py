@@ -11,6 +11,7 @@ import hashlib
 import os
 import pickle
 import zipfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ MAX_FRAMES_AT_ONCE = 256  # in the large networks
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class FeatureNetwork:
+class FeatureNetwork(ABC):
     """A source of feature vectors.
 
     Attributes:
@@ -41,16 +42,16 @@ class FeatureNetwork:
     key: str
     origin: dict
 
-    def check(self, num_frames: int) -> None:
+    def check(self, num_frames: int) -> None:  # noqa: B027 - some take any clip
         """Refuse clips that it cannot take, before any work.
 
         Raises:
             ValueError: clips of so many frames have no features.
         """
 
+    @abstractmethod
     def features(self, frames: np.ndarray) -> torch.Tensor:
         """Of a few clips: (B, n, D)."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def __call__(self, frames: np.ndarray) -> torch.Tensor:
