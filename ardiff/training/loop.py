@@ -274,6 +274,15 @@ class TrainingRun:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if error is None:
             return
+        try:
+            self._end(error)
+        except RuntimeError as late:
+            if isinstance(late, TrainingError) or not is_death_of_worker(late):
+                raise
+            self._end(late)  # the pipe broke first, and the signal of the same death came while that was being told
+
+    def _end(self, error: BaseException) -> None:
+        """Raise what an error means for the run as a `TrainingError`; nothing for errors that say it themselves."""
         self._bar.close()
         if is_death_of_worker(error):
             raise TrainingError(

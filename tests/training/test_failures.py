@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from tiny_training import diffusion_config, log_of
+from tqdm.auto import tqdm
 
 from ardiff.cli import main
 from ardiff.data.clips import SceneClips
@@ -123,14 +124,23 @@ def test_a_data_process_that_dies(tmp_path, trained_vae, straight, monkeypatch):
 
 
 def test_a_data_process_that_dies_while_it_sends(tmp_path, trained_vae, monkeypatch):
-    draw = SceneClips.__getitem__
+    """Its pipe breaks first; PyTorch's signal of the same death comes while the run is being ended."""
+    draw, close = SceneClips.__getitem__, tqdm.close
+    signals = []
 
     def broken_off(clips, step):
         if step == 5:
+            signals.append("DataLoader worker (pid 7) is killed by signal: Killed.")
             raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
         return draw(clips, step)
 
+    def interrupted(bar):
+        if signals:
+            raise RuntimeError(signals.pop())
+        close(bar)
+
     monkeypatch.setattr(SceneClips, "__getitem__", broken_off)
+    monkeypatch.setattr("ardiff.training.loop.tqdm.close", interrupted)
     with pytest.raises(TrainingError, match="A data process died after step 5.*step-00000004, is intact"):
         train_diffusion(diffusion_config(tmp_path, trained_vae, **OPTIONS))
 
