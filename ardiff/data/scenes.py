@@ -7,7 +7,6 @@ Shapes: B clips, F frames, M = B * F pictures, (H, W) pixels; x to the right, y 
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 
@@ -524,21 +523,3 @@ _DRAW = {
     "pendulum": _pendulum_draw,
     "balloons": _balloons_draw,
 }
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Writes a contact sheet: every row is a clip."""
-    parser = argparse.ArgumentParser(prog="python -m ardiff.data.scenes", description=main.__doc__)
-    parser.add_argument("--out", required=True, help="picture to write, for example sheet.png")
-    parser.add_argument("--size", type=int, default=64, help="frame size in pixels (default 64)")
-    parser.add_argument("--num-frames", type=int, default=16, help="frames per clip (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first clip of each scene (default 0)")
-    arguments = parser.parse_args(argv)
-    from PIL import Image
-
-    sheet = contact_sheet(arguments.size, arguments.num_frames, arguments.seed)
-    Image.fromarray(sheet).save(arguments.out)
-
-
-if __name__ == "__main__":
-    main()

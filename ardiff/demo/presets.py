@@ -96,6 +96,7 @@ GAP_PRESETS = (
 )
 
 NO_SCENE = "no scene"
+OPENING_SCENE = "sunset"  # where the model knows it; the bundled one draws it best
 
 TEXT = MappingProxyType(
     {

@@ -62,10 +62,15 @@ class RunStore:
         folder = self.runs / run_id
         with self._lock:
             self._live.add(run_id)
-        folder.mkdir()
-        self.add_settings(run_id, request.settings())
-        for index, path in enumerate(earlier):
-            shutil.copy(path, folder / f"earlier-{index:05d}.png")
+        try:
+            folder.mkdir()
+            self.add_settings(run_id, request.settings())
+            for index, path in enumerate(earlier):
+                shutil.copy(path, folder / f"earlier-{index:05d}.png")
+        except OSError:  # the disk is full: half a run is none
+            self.end(run_id)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     # A run is read while it grows: a file has its name only when it is whole.
 

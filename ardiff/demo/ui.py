@@ -32,6 +32,7 @@ from ardiff.demo.presets import (
     GUIDANCE,
     LENGTH,
     NO_SCENE,
+    OPENING_SCENE,
     PROMPT_FRAMES,
     SEED_MAX,
     STEPS,
@@ -217,7 +218,7 @@ class Studio:
         except ValueError as error:
             return *[gr.skip()] * 6, idle_value("Please choose another model", plain(error), "failed")
         known = scene_choices(model)
-        scenes = gr.update(choices=known, value=scene if scene in known else known[0])
+        scenes = gr.update(choices=known, value=scene if scene in known else opening_scene(model))
         if not files or is_settings(files):
             # The prompt of a settings file keeps its frames; the pipeline fits them to the model's size.
             return *self.about(model), scenes, *[gr.skip()] * 4
@@ -280,7 +281,7 @@ class Studio:
         known = scene_choices(model)
         filled |= {
             "model": model.name,
-            "scene": gr.update(choices=known, value=found.get("scene", known[0])),
+            "scene": gr.update(choices=known, value=found.get("scene", opening_scene(model))),
         }
         return list(filled.values())
 
@@ -408,6 +409,11 @@ def scene_choices(model: LoadedModel) -> list[str]:
     return [*model.scenes, NO_SCENE]
 
 
+def opening_scene(model: LoadedModel) -> str:
+    """What a visitor sees first."""
+    return OPENING_SCENE if OPENING_SCENE in model.scenes else scene_choices(model)[0]
+
+
 def list_examples(model: LoadedModel, limits: Limits) -> tuple[list[list[Any]], list[str]]:
     """Rows that fill every control (in the order of build_demo's `filled`) and their labels."""
     usual = controls(limits)
@@ -509,7 +515,7 @@ def build_demo(session: Session) -> gr.Blocks:
                     elem_id="ar-model",
                 )  # fmt: skip
                 scene = gr.Dropdown(
-                    scene_choices(first), value=scene_choices(first)[0], label=TEXT["scene"], filterable=False,
+                    scene_choices(first), value=opening_scene(first), label=TEXT["scene"], filterable=False,
                     elem_id="ar-scene",
                 )  # fmt: skip
                 gr.HTML(
@@ -632,7 +638,7 @@ def build_endpoints(studio: Studio, *shared: Any) -> None:
     """`/generate` and `/stream`, with the same arguments."""
     files, length, steps, guidance, seed = shared
     with gr.Column(visible=False):
-        scene = gr.Textbox(scene_choices(studio.session.first)[0], label="scene")
+        scene = gr.Textbox(opening_scene(studio.session.first), label="scene")
         gaps = gr.Textbox("5", label="ar_step")
         trim = 0, 1, studio.controls.prompt_frames.default
         start, stride, count = (number(value) for value in trim)

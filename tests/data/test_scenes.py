@@ -1,12 +1,10 @@
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from ardiff.data import scenes
-from ardiff.data.scenes import DETERMINISTIC, SCENES, contact_sheet, main, render, render_batch, scene_state
+from ardiff.data.scenes import DETERMINISTIC, SCENES, contact_sheet, render, render_batch, scene_state
 
 
 def psnr(first, second):
@@ -203,20 +201,6 @@ def test_contact_sheet_holds_two_clips_per_scene():
     row = SCENES.index("clouds") * 2 + 1
     clip = render("clouds", 3, 16, 5)
     assert np.array_equal(sheet[row * 16 : row * 16 + 16, 32:48], clip[2])
-
-
-def test_the_command_writes_the_sheet(tmp_path):
-    from PIL import Image
-
-    out = tmp_path / "sheet.png"
-    main(["--out", str(out), "--size", "16", "--num-frames", "2", "--seed", "9"])
-    assert np.array_equal(np.asarray(Image.open(out)), contact_sheet(16, 2, 9))
-
-
-def test_the_module_can_be_run():
-    done = subprocess.run([sys.executable, "-m", "ardiff.data.scenes", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--num-frames" in done.stdout
 
 
 @pytest.mark.parametrize(

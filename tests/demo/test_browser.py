@@ -26,6 +26,7 @@ from studio_page import (
 
 import ardiff
 from ardiff import ARDiffPipeline
+from ardiff.demo.presets import OPENING_SCENE
 from ardiff.demo.ui import launch
 
 
@@ -52,7 +53,7 @@ def test_generate(page, site, gap):
     assert len(set(seen["looks"])) >= 3, seen["words"]
     assert len({word for word in seen["words"] if word.endswith("%")}) >= 2, seen["words"]
     assert page.locator(".ar-word").all_inner_texts() == ["done"] * 6
-    scene = [site.session.first.scenes[0]]
+    scene = [OPENING_SCENE]
     np.testing.assert_array_equal(shown_frames(page), expected(site, ar_step=gap, seed=7, class_labels=scene))
     assert downloaded(page) == ("h264", "yuv420p", 6)
     assert page.locator(".ar-bar").get_attribute("aria-valuenow") == "100"
@@ -68,7 +69,7 @@ def test_stop_keeps_what_is_finished_and_the_page_goes_on(page, site):
     wait_for(page, "done")
     frames = shown_frames(page)
     assert 3 <= len(frames) < 12
-    scene, site.delay = [site.session.first.scenes[0]], 0.0
+    scene, site.delay = [OPENING_SCENE], 0.0
     whole = expected(site, num_frames=12, ar_step=10, seed=7, class_labels=scene)
     np.testing.assert_array_equal(frames, whole[: len(frames)])
     site.delay = 0.1
@@ -91,7 +92,7 @@ def test_prompt_from_a_picture(page, site, tmp_path):
     press(page, "Generate")
     wait_for_run(page)
     assert page.locator(".ar-word").all_inner_texts()[:2] == ["P1", "done"]
-    scene = [site.session.first.scenes[0]]
+    scene = [OPENING_SCENE]
     frames = expected(site, ar_step=5, seed=7, class_labels=scene, prompt_frames=[picture])
     np.testing.assert_array_equal(shown_frames(page), frames)
     clear_files(page)
@@ -158,7 +159,7 @@ def test_two_visitors_never_see_each_other_and_leaving_frees_the_model(page, bro
         site.delay = 0.0
         for visitor, length, gap, seed in ((page, 24, 10, 1), (other, 6, 5, 2)):
             wait_for(visitor, "done")
-            scene = [site.session.first.scenes[0]]
+            scene = [OPENING_SCENE]
             frames = expected(site, num_frames=length, ar_step=gap, seed=seed, class_labels=scene)
             np.testing.assert_array_equal(shown_frames(visitor), frames)
         settle(other, length=40, gap=10)
@@ -195,7 +196,7 @@ def test_endpoint(site):
     with av.open(video) as container:
         assert sum(1 for _ in container.decode(video=0)) == 4
     assert settings["seed"] == 9
-    assert settings["scene"] == site.session.first.scenes[0]
+    assert settings["scene"] == OPENING_SCENE
     with pytest.raises(Exception, match="whole number from 0 to 5"):
         client.predict(num_inference_steps=5, ar_step=6, api_name="/generate")
     assert client.predict(api_name="/generate")[1]["num_frames"] == 16
@@ -229,6 +230,6 @@ def test_bundled_model(browser):
         settle(page, length=4, steps=5, gap=2)
         press(page, "Generate")
         wait_for_run(page)
-        scene = [site.session.first.scenes[0]]
+        scene = [OPENING_SCENE]
         frames = expected(site, num_frames=4, num_inference_steps=5, ar_step=2, seed=7, class_labels=scene)
         np.testing.assert_array_equal(shown_frames(page), frames)

@@ -10,6 +10,8 @@ from engines import ENGINES, missing, until
 from PIL import Image
 from studio_page import CONTROLS, PHASE, STAGE, expected
 
+from ardiff.demo.presets import OPENING_SCENE
+
 
 BLANK = """(() => {
     const canvas = document.querySelector("%s"), pen = canvas.getContext("2d");
@@ -48,7 +50,7 @@ def test_a_run_in_another_engine(site, engine, tmp_path):
         until(lambda: page.evaluate(f"{PHASE} === 'done' && {STAGE}.finished === 6"))
         pictures = page.evaluate(f"{STAGE}.value.pics")
         frames = np.stack([np.asarray(Image.open(io.BytesIO(base64.b64decode(p.split(",")[1])))) for p in pictures])
-        scene = [site.session.first.scenes[0]]
+        scene = [OPENING_SCENE]
         np.testing.assert_array_equal(
             frames, expected(site, ar_step=3, seed=7, class_labels=scene, num_inference_steps=50)
         )

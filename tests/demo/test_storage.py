@@ -1,5 +1,6 @@
 """What is kept of a run on disk."""
 
+import resource
 import threading
 import uuid
 
@@ -42,3 +43,19 @@ def test_a_run_that_grows_is_read_whole(store, generator):
     finally:
         over.set()
         writer.join()
+
+
+def test_a_run_that_finds_no_room_leaves_nothing(store):
+    """A limit on the size of files: writing fails for real. Its folder would stay for as long as the server runs."""
+    run_id, limits = uuid.uuid4().hex, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.begin(run_id, GenerationRequest(num_frames=4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(store.runs.iterdir())
+    store.begin(run_id, GenerationRequest(num_frames=4))
+    store.end(run_id)
+    store.sweep(max_age=-1)
+    assert not list(store.runs.iterdir())

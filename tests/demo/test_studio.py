@@ -27,6 +27,7 @@ from studio_page import (
 
 from ardiff.cli import build_parser
 from ardiff.data.video import write_video
+from ardiff.demo.presets import OPENING_SCENE
 
 
 def choose(page, name: str, option: str) -> None:
@@ -69,7 +70,7 @@ def test_chunks_are_run_as_planned(page, site):
     assert gaps(page) == [0, 0, 0, 10, 0, 0]
     press(page, "Generate")
     wait_for_run(page)
-    scene = [site.session.first.scenes[0]]
+    scene = [OPENING_SCENE]
     frames = expected(site, num_frames=7, ar_step=[0, 0, 0, 10, 0, 0], seed=7, class_labels=scene)
     np.testing.assert_array_equal(shown_frames(page), frames)
     even(page)
@@ -107,7 +108,7 @@ def test_a_plan_is_drawn_by_mouse_and_by_keys(page, site):
     assert not asked
     press(page, "Generate")
     wait_for_run(page)
-    scene = [site.session.first.scenes[0]]
+    scene = [OPENING_SCENE]
     frames = expected(site, ar_step=[2, 10, 2, 0, 2], seed=7, class_labels=scene)
     np.testing.assert_array_equal(shown_frames(page), frames)
     even(page)
@@ -152,7 +153,7 @@ def test_prompt_frames_are_put_in_order_and_removed(page, site, tmp_path):
     assert command(page).endswith("--prompt 3.png --prompt 1.png --prompt 0.png")
     press(page, "Generate")
     wait_for_run(page)
-    scene = [site.session.first.scenes[0]]
+    scene = [OPENING_SCENE]
     frames = expected(site, ar_step=5, seed=7, class_labels=scene, prompt_frames=[made[3], made[1], made[0]])
     np.testing.assert_array_equal(shown_frames(page), frames)
     clear_files(page)
@@ -196,7 +197,7 @@ def test_gaps_are_compared_from_the_same_noise(page, site):
     assert row.locator("h3").inner_text() == "gap 0"
     assert row.locator("p").inner_text().startswith("10 calls, 6 frames,")
     assert page.locator(".ar-row-name").inner_text().startswith("gap 10: 60 calls, 6 frames,")
-    scene = [site.session.first.scenes[0]]
+    scene = [OPENING_SCENE]
     np.testing.assert_array_equal(shown_frames(page), expected(site, ar_step=10, seed=7, class_labels=scene))
     # One clock: stepping the player steps the row.
     page.locator(".ar-forth").click()
@@ -214,7 +215,7 @@ def test_seeds_are_rows(page, site):
     press(page, "Generate")
     page.wait_for_function(f"{PHASE} === 'done' && {STAGE}.rows.length === 2 && {STAGE}.value.seed === 22")
     assert page.locator(".ar-rows h3").all_inner_texts() == ["seed 20", "seed 21"]
-    scene = [site.session.first.scenes[0]]
+    scene = [OPENING_SCENE]
     np.testing.assert_array_equal(shown_frames(page), expected(site, ar_step=5, seed=22, class_labels=scene))
     field.fill("1")
     field.press("Tab")
