@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
@@ -39,6 +40,9 @@ class ADScheduler(SchedulerMixin, ConfigMixin):
         beta_start: first beta, in (0, `beta_end`].
         beta_end: last beta, in [`beta_start`, 1). Betas are linear in their square roots.
         prediction_type: what the model returns: "sample" (the clean frame), "epsilon" (the noise) or "v_prediction".
+        rescale_betas_zero_snr: whether nothing is left of a frame at timestep T - 1 (Lin et al., arXiv 2305.08891). The
+            paper's betas leave a trace, which frames that start together add up: a model trained with it takes pure noise
+            for a clip of average brightness. Not with "epsilon", where noise alone tells nothing.
     """
 
     order = 1
@@ -50,6 +54,7 @@ class ADScheduler(SchedulerMixin, ConfigMixin):
         beta_start: float = 1e-4,
         beta_end: float = 2e-2,
         prediction_type: str = "sample",
+        rescale_betas_zero_snr: bool = False,
     ):
         if num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` must be >= 1 but is {num_train_timesteps}.")
@@ -60,7 +65,15 @@ class ADScheduler(SchedulerMixin, ConfigMixin):
             )
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES} but is {prediction_type!r}.")
+        if rescale_betas_zero_snr and prediction_type == "epsilon":
+            raise ValueError(
+                "`prediction_type` must be 'sample' or 'v_prediction' with `rescale_betas_zero_snr` but is 'epsilon'."
+            )
+        if rescale_betas_zero_snr and num_train_timesteps == 1:
+            raise ValueError("`num_train_timesteps` must be >= 2 with `rescale_betas_zero_snr` but is 1.")
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
+        if rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
         # Factors like sqrt(1 - alpha_bar) cancel at small timesteps: they come from the float64 values (CPU) and only
         # the finished factor is rounded to the sample's dtype.
         self._alphas_cumprod = (1 - betas).cumprod(0)

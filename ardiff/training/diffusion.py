@@ -50,6 +50,9 @@ class DiffusionTrainingConfig(TrainingConfig):
     depth: int = option(8, "transformer blocks")
     num_heads: int = option(4, "attention heads")
     prediction_type: str = option("sample", "'sample' (x0), 'epsilon' or 'v_prediction'")
+    rescale_betas_zero_snr: bool = option(
+        False, "leave nothing of a frame at the last timestep, where sampling starts"
+    )
     timesteps: str = option("fopp", f"law of the training timesteps: {', '.join(SAMPLERS)}")
     synchronous_share: float = option(0.1, "share of clips with one timestep for all frames")
     lagged_share: float = option(0.3, "share of clips with a row of a random sampling plan")
@@ -91,11 +94,13 @@ class DiffusionTrainingConfig(TrainingConfig):
 
 PRESETS = {
     "scenes-64-cpu": DiffusionTrainingConfig(
-        batch_size=8, num_steps=18_000, learning_rate=1.5e-3, optimizer="muon", checkpoint_every=250, sample_every=500
+        batch_size=8, num_steps=18_000, learning_rate=1.5e-3, optimizer="muon", checkpoint_every=250, sample_every=500,
+        rescale_betas_zero_snr=True,
     ),
     "scenes-64-gpu": DiffusionTrainingConfig(
         batch_size=128, num_steps=60_000, learning_rate=1e-3, optimizer="muon", width=384, depth=12, num_heads=6,
         ema_decay=0.9995, checkpoint_every=2000, sample_every=5000, num_workers=12,
+        rescale_betas_zero_snr=True,
     ),
 }  # fmt: skip
 
@@ -193,7 +198,9 @@ def train_diffusion(config: DiffusionTrainingConfig) -> Path:
             f"`image_size` must be the autoencoder's, {vae.config.image_size}, but is {config.image_size}."
         )
     torch.random.default_generator.manual_seed(config.seed)
-    scheduler = ADScheduler(prediction_type=config.prediction_type)
+    scheduler = ADScheduler(
+        prediction_type=config.prediction_type, rescale_betas_zero_snr=config.rescale_betas_zero_snr
+    )
     clips = training_clips(config)
     class_names = list(clips.class_names)
     transformer = new_transformer(config, vae, class_names)

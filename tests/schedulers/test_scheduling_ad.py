@@ -8,6 +8,8 @@ from ardiff.schedulers.scheduling_ad import ADScheduler
 
 
 PREDICTION_TYPES = ["sample", "epsilon", "v_prediction"]
+# With whether the betas are rescaled, which noise as a prediction rules out.
+KINDS = [(kind, False) for kind in PREDICTION_TYPES] + [("sample", True), ("v_prediction", True)]
 B, F, L, C = 2, 5, 3, 4
 
 
@@ -21,7 +23,7 @@ def ready(prediction_type="sample", num_inference_steps=50, **config):
     return scheduler
 
 
-def diffusers_ddim(prediction_type, num_inference_steps=50):
+def diffusers_ddim(prediction_type, num_inference_steps=50, rescaled=False):
     scheduler = DDIMScheduler(
         beta_start=1e-4,
         beta_end=2e-2,
@@ -30,6 +32,7 @@ def diffusers_ddim(prediction_type, num_inference_steps=50):
         clip_sample=False,
         set_alpha_to_one=True,
         prediction_type=prediction_type,
+        rescale_betas_zero_snr=rescaled,
     )
     scheduler.set_timesteps(num_inference_steps)
     return scheduler
@@ -66,10 +69,10 @@ def test_timestep_and_noise_level_of_a_step_index():
     assert torch.equal(noise_level[step_index < 4], ((timestep + 1) / 1000)[step_index < 4])
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(("prediction_type", "rescaled"), KINDS)
 @pytest.mark.parametrize("num_inference_steps", [1, 7, 50])
-def test_a_perfect_model_reaches_the_clean_frames_along_the_exact_path(prediction_type, num_inference_steps):
-    scheduler = ready(prediction_type, num_inference_steps)
+def test_a_perfect_model_reaches_the_clean_frames_along_the_exact_path(prediction_type, rescaled, num_inference_steps):
+    scheduler = ready(prediction_type, num_inference_steps, rescale_betas_zero_snr=rescaled)
     clean, noise = normal(B, F, L, C), normal(B, F, L, C, seed=1)
     sample = scheduler.add_noise(clean, noise, scheduler.timestep_of(torch.zeros(B, F, dtype=torch.int64)))
     for index in range(num_inference_steps):
@@ -85,6 +88,28 @@ def test_a_perfect_model_reaches_the_clean_frames_along_the_exact_path(predictio
     assert torch.allclose(sample, clean, rtol=0, atol=1e-12)
     if prediction_type == "sample":
         assert torch.equal(sample, clean)
+
+
+def test_rescaled_betas_leave_nothing_at_the_last_timestep():
+    plain, rescaled = ADScheduler(), ADScheduler(rescale_betas_zero_snr=True)
+    clean, noise = normal(B, F, L, C), normal(B, F, L, C, seed=1)
+    last = torch.full((B, F), 999)
+    assert torch.equal(rescaled.add_noise(clean, noise, last), noise)
+    assert not torch.equal(plain.add_noise(clean, noise, last), noise)
+    assert rescaled.alphas_cumprod[0] == plain.alphas_cumprod[0]
+    assert (rescaled.alphas_cumprod.diff() < 0).all()
+
+
+@pytest.mark.parametrize(("rescaled", "spread"), [(False, 0.64), (True, 1.0)])
+def test_what_all_frames_share_keeps_its_spread_from_pure_noise(rescaled, spread):
+    """A direction of a whole clip, such as its brightness, of variance 2,000 beside noise of variance 1, and the model that
+    is best for it. The trace that the paper's betas leave there tells it, in pure noise, that all clips are alike."""
+    scheduler, variance = ready(num_inference_steps=1000, rescale_betas_zero_snr=rescaled), 2000.0
+    sample = torch.ones(1, 1, 1, 1, dtype=torch.float64)  # one standard deviation of the noise
+    for index, alpha_bar in enumerate(scheduler._alphas_cumprod.flip(0)):
+        guess = alpha_bar.sqrt() * variance * sample / (alpha_bar * variance + 1 - alpha_bar)
+        sample = scheduler.step(guess, torch.tensor([index]), sample).prev_sample
+    assert sample.item() / variance**0.5 == pytest.approx(spread, abs=0.01)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -130,11 +155,11 @@ def test_the_vectorised_step_equals_one_frame_at_a_time(prediction_type):
     assert torch.equal(shared.prev_sample, repeated.prev_sample)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(("prediction_type", "rescaled"), KINDS)
 @pytest.mark.parametrize("num_inference_steps", [1, 10, 50])
-def test_synchronous_sampling_equals_diffusers_ddim(prediction_type, num_inference_steps):
-    scheduler = ready(prediction_type, num_inference_steps)
-    reference = diffusers_ddim(prediction_type, num_inference_steps)
+def test_synchronous_sampling_equals_diffusers_ddim(prediction_type, rescaled, num_inference_steps):
+    scheduler = ready(prediction_type, num_inference_steps, rescale_betas_zero_snr=rescaled)
+    reference = diffusers_ddim(prediction_type, num_inference_steps, rescaled)
     assert torch.equal(reference.timesteps, scheduler.timesteps)
     sample = expected = normal(B, F, L, C)
     for index, timestep in enumerate(scheduler.timesteps.tolist()):
@@ -200,7 +225,13 @@ def test_changing_the_number_of_steps_changes_the_step():
 
 
 def test_save_and_load(tmp_path):
-    scheduler = ADScheduler(num_train_timesteps=100, beta_start=1e-3, beta_end=0.1, prediction_type="v_prediction")
+    scheduler = ADScheduler(
+        num_train_timesteps=100,
+        beta_start=1e-3,
+        beta_end=0.1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+    )
     scheduler.save_pretrained(tmp_path)
     loaded = ADScheduler.from_pretrained(tmp_path)
     assert type(loaded) is ADScheduler
@@ -217,6 +248,11 @@ def test_save_and_load(tmp_path):
         ({"beta_start": 0.1}, "0 < beta_start <= beta_end < 1"),
         ({"beta_end": 1.0}, "0 < beta_start <= beta_end < 1"),
         ({"prediction_type": "x0"}, "`prediction_type` must be one of .* but is 'x0'"),
+        (
+            {"prediction_type": "epsilon", "rescale_betas_zero_snr": True},
+            "`prediction_type` must be 'sample' or 'v_prediction' with `rescale_betas_zero_snr` but is 'epsilon'",
+        ),
+        ({"num_train_timesteps": 1, "rescale_betas_zero_snr": True}, "`num_train_timesteps` must be >= 2 .* but is 1"),
     ],
 )
 def test_wrong_config_is_refused(config, message):
@@ -243,3 +279,16 @@ def test_wrong_calls_are_refused():
         scheduler.step(sample, index, sample, torch.ones(B, dtype=torch.bool))
     with pytest.raises(ValueError, match="`timesteps` must have one value per frame"):
         scheduler.add_noise(sample, sample, torch.zeros(B, dtype=torch.int64))
+
+
+def test_a_step_that_reuses_the_guess_is_a_step_left_out():
+    """Two steps with the same guess of the clean frames are one step twice as long: caching a frame's guess in time changes
+    its path no differently than fewer steps do, so there is one option for both."""
+    fine, coarse = ready(num_inference_steps=10), ready(num_inference_steps=5)
+    sample, guess = normal(B, F, L, C), normal(B, F, L, C, seed=1)
+    for index in range(5):
+        twice = sample
+        for part in (2 * index, 2 * index + 1):
+            twice = fine.step(guess, torch.full((F,), part), twice).prev_sample
+        once = coarse.step(guess, torch.full((F,), index), sample).prev_sample
+        assert torch.allclose(twice, once, rtol=0, atol=1e-12)

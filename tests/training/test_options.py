@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny_training import autoencoder_config, diffusion_config, log_of
 
-from ardiff import ARDiffTransformerModel, AutoencoderARVAE
+from ardiff import ARDiffPipeline, ARDiffTransformerModel, AutoencoderARVAE
 from ardiff.data.latents import cache_latents
 from ardiff.data.scenes import SCENES, render
 from ardiff.data.video import write_video
@@ -153,6 +153,17 @@ def picture_folders(tmp_path_factory):
         for index, frame in enumerate(render("clouds", 3, 16, 1)):
             Image.fromarray(frame).save(folder / "pictures" / name / f"{index}.png")
     return folder
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_the_pipeline_samples_with_the_betas_it_was_trained_with(tmp_path, trained_vae, rescaled):
+    folder = train_diffusion(diffusion_config(tmp_path, trained_vae, num_steps=1, rescale_betas_zero_snr=rescaled))
+    scheduler = ARDiffPipeline.from_pretrained(folder).scheduler
+    assert (scheduler.alphas_cumprod[-1] == 0) == rescaled
+    config = diffusion_config(tmp_path / "other", trained_vae, rescale_betas_zero_snr=True, prediction_type="epsilon")
+    with pytest.raises(ValueError, match="`prediction_type` must be 'sample' or 'v_prediction'"):
+        train_diffusion(config)
+    assert not (tmp_path / "other").exists()
 
 
 def test_pictures_are_clips_of_one_frame(tmp_path, trained_vae, picture_folders):
