@@ -186,44 +186,44 @@ def test_speed_of_a_model_without_a_frame_cache_is_measured():
 
 
 def test_a_model_is_chosen_in_the_page(browser, tiny_pipeline, other_pipeline, tmp_path):
-    with serve_page(tiny_pipeline, other=other_pipeline) as site, visit(browser, site) as page:
-        settle(page, length=5, gap=4)
-        page.locator("#ar-model input").click()
-        page.get_by_role("option", name="other", exact=True).click()
-        page.locator("header", has_text="other · 16 px").wait_for()
-        page.wait_for_function("document.querySelector('#ar-scene input').value === 'rings'")
-        page.wait_for_function("window.ardiffStudio.studio.model.window === 8")
-        picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(tmp_path / "a.png")
-        page.locator("#ar-files input[type=file]").set_input_files(tmp_path / "a.png")
-        page.wait_for_function(f"{CONTROLS}.prompts === 1")
-        press(page, "Generate")
-        wait_for_run(page)
-        frames = frames_of(
-            other_pipeline, class_labels=["rings"], num_frames=5, ar_step=4, num_inference_steps=10, guidance_scale=2.0,
-            prompt_frames=[picture], seed=7,
-        )  # fmt: skip
-        np.testing.assert_array_equal(shown_frames(page), frames)
-        with page.expect_download() as caught:
-            page.locator("#ar-json").click()
-        settings = caught.value.path().read_bytes()
-        assert command(page).startswith("ardiff generate --model other --scene rings")
-        # An example is of the first model: it brings that model back, with its scenes.
-        clear_files(page)
-        page.get_by_role("button", name="Balls, gap 5").click()
-        page.locator("header", has_text="tiny · 32 px").wait_for()
-        page.wait_for_function("document.querySelector('#ar-model input').value === 'tiny'")
-        page.wait_for_function("document.querySelector('#ar-scene input').value === 'balls'")
-        page.wait_for_function("window.ardiffStudio.studio.model.window === 16")
-        # The settings bring the other one.
-        (tmp_path / "settings.json").write_bytes(settings)
-        page.locator("#ar-files input[type=file]").set_input_files(tmp_path / "settings.json")
-        page.wait_for_function(f"{CONTROLS}.prompts === 1 && window.ardiffStudio.studio.model.window === 8")
-        page.wait_for_function("document.querySelector('#ar-model input').value === 'other'")
-        press(page, "Generate")
-        wait_for_run(page)
-        np.testing.assert_array_equal(shown_frames(page), frames)
     with serve_page(tiny_pipeline, other=other_pipeline) as site:
+        with visit(browser, site) as page:
+            settle(page, length=5, gap=4)
+            page.locator("#ar-model input").click()
+            page.get_by_role("option", name="other", exact=True).click()
+            page.locator("header", has_text="other · 16 px").wait_for()
+            page.wait_for_function("document.querySelector('#ar-scene input').value === 'rings'")
+            page.wait_for_function("window.ardiffStudio.studio.model.window === 8")
+            picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / "a.png")
+            page.locator("#ar-files input[type=file]").set_input_files(tmp_path / "a.png")
+            page.wait_for_function(f"{CONTROLS}.prompts === 1")
+            press(page, "Generate")
+            wait_for_run(page)
+            frames = frames_of(
+                other_pipeline, class_labels=["rings"], num_frames=5, ar_step=4, num_inference_steps=10, guidance_scale=2.0,
+                prompt_frames=[picture], seed=7,
+            )  # fmt: skip
+            np.testing.assert_array_equal(shown_frames(page), frames)
+            with page.expect_download() as caught:
+                page.locator("#ar-json").click()
+            settings = caught.value.path().read_bytes()
+            assert command(page).startswith("ardiff generate --model other --scene rings")
+            # An example is of the first model: it brings that model back, with its scenes.
+            clear_files(page)
+            page.get_by_role("button", name="Balls, gap 5").click()
+            page.locator("header", has_text="tiny · 32 px").wait_for()
+            page.wait_for_function("document.querySelector('#ar-model input').value === 'tiny'")
+            page.wait_for_function("document.querySelector('#ar-scene input').value === 'balls'")
+            page.wait_for_function("window.ardiffStudio.studio.model.window === 16")
+            # The settings bring the other one.
+            (tmp_path / "settings.json").write_bytes(settings)
+            page.locator("#ar-files input[type=file]").set_input_files(tmp_path / "settings.json")
+            page.wait_for_function(f"{CONTROLS}.prompts === 1 && window.ardiffStudio.studio.model.window === 8")
+            page.wait_for_function("document.querySelector('#ar-model input').value === 'other'")
+            press(page, "Generate")
+            wait_for_run(page)
+            np.testing.assert_array_equal(shown_frames(page), frames)
         with visit(browser, site, query="?model=other&seed=5") as page:
             page.wait_for_function("document.querySelector('#ar-model input').value === 'other'")
             page.wait_for_function("document.querySelector('#ar-scene input').value === 'rings'")
