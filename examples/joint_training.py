@@ -123,6 +123,8 @@ def main() -> None:
         "image_data": f"latents:{args.work / 'tokens' / 'stills'}", "width": args.width, "depth": args.depth,
         "num_workers": 0, "checkpoint_every": args.steps, "sample_every": args.steps, "mixed_precision": args.mixed_precision,
         "num_heads": args.width // 64 or 1,
+        # As when the README's figures were taken; the preset has changed since.
+        "synchronous_share": 0.1, "timestep_candidates": 1, "rescale_betas_zero_snr": False,
     }  # fmt: skip
     as_many = round(args.batch_size * (1 + args.images_per_clip / NUM_FRAMES))
     arms = {
