@@ -21,6 +21,9 @@ import torch
 from ardiff import ADScheduler, ARDiffPipeline, ARDiffTransformerModel, AutoencoderARVAE
 
 
+PAGE_TESTS = {
+    f"tests/demo/test_{name}.py" for name in ("access", "browser", "engines", "models", "plan_mirror", "studio")
+}
 CHROMIUM_ARGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -31,14 +34,15 @@ CHROMIUM_ARGS = [
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each file's tests run in one process, and all of the studio's in the same one: two browsers at once wait for each other."""
+    """Each file's tests run in one process, and all that open the page in the same one: two browsers at once wait for each other."""
     from xdist.scheduler import LoadFileScheduling
 
-    class StudioTogether(LoadFileScheduling):
+    class PageTogether(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "demo" if nodeid.startswith("tests/demo/") else super()._split_scope(nodeid)
+            scope = super()._split_scope(nodeid)
+            return "the page" if scope in PAGE_TESTS else scope
 
-    return StudioTogether(config, log)
+    return PageTogether(config, log)
 
 
 def seeded(build: Callable[[], torch.nn.Module], seed: int) -> torch.nn.Module:
