@@ -45,6 +45,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return PageTogether(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A new file whose tests open the page would otherwise run beside another browser, unseen."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()) and item.nodeid.partition("::")[0] not in PAGE_TESTS:
+            raise pytest.UsageError(
+                f"{item.nodeid} opens the page: its file must be in PAGE_TESTS of tests/conftest.py."
+            )
+
+
 def seeded(build: Callable[[], torch.nn.Module], seed: int) -> torch.nn.Module:
     """A model in eval mode whose weights depend on `seed` alone.
 

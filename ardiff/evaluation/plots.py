@@ -1,12 +1,13 @@
 """Plots as PNG, each with its numbers as CSV: laws of training timesteps, plans, losses, quality against gap, samples.
 
-Colours are those of Okabe and Ito, and maps cividis: both can be told apart by colour-blind readers. matplotlib is an
-optional extra, imported when something is drawn.
+Colours are those of Okabe and Ito with two of Tol's, and maps cividis: all can be told apart by colour-blind readers.
+matplotlib is an optional extra, imported when something is drawn.
 """
 
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255", "#999933")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*")
 GREY = "#666666"
 MAP = "cividis"
 WIDTH = 8.0  # inches: 800 px on the page, drawn at twice that
@@ -411,7 +412,7 @@ def draw_quality(report: dict) -> "Figure":
 
 def draw_gaps(report: dict) -> "Figure":
     """Distance against the gap for every law of the timesteps, 16 and 64 frames."""
-    laws = {c.name: c for c in CONFIGURATIONS if c.causal and c.prediction_type == BASE.prediction_type}
+    laws = [c.name for c in CONFIGURATIONS if replace(c, name=BASE.name, law=BASE.law) == BASE]
     names = [name for name in report["table"] if name in laws]
     steps = report["size"]["num_inference_steps"]
     gaps = ("0", "5", str(steps))

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from ardiff.evaluation.ablation.reporting import (
 )
 from ardiff.evaluation.ablation.run import ablate, frame_evaluations, train_and_measure
 from ardiff.evaluation.ablation.settings import BASE, CONFIGURATIONS, NUM_BLOCKS, Job, Size
-from ardiff.training.diffusion import DiffusionTrainingConfig, draw_timesteps
+from ardiff.training.diffusion import PRESETS, DiffusionTrainingConfig, draw_timesteps
 
 
 TINY = Size(
@@ -41,7 +42,16 @@ TINY = Size(
     num_real=4,
     mixed_precision="no",
 )
-NOT_CAUSAL = next(configuration for configuration in CONFIGURATIONS if not configuration.causal)
+# All that can differ from the base at once.
+OTHER = replace(CONFIGURATIONS[-1], causal=False, law="independent", prediction_type="v_prediction")
+
+
+def recipe_of(options):
+    """What a configuration shares with the options of the training."""
+    names = (
+        "prediction_type", "rescale_betas_zero_snr", "synchronous_share", "lagged_share", "timestep_candidates"
+    )  # fmt: skip
+    return {name: options[name] for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +143,7 @@ def test_bad_arguments_are_refused(tmp_path, options, message):
 
 @pytest.mark.parametrize(
     "configuration",
-    [pytest.param(BASE, marks=pytest.mark.slow), NOT_CAUSAL],
+    [pytest.param(BASE, marks=pytest.mark.slow), OTHER],
     ids=lambda configuration: configuration.name,
 )
 def test_bar_counts_what_is_evaluated(finished, vae, tmp_path, configuration):
@@ -143,8 +153,18 @@ def test_bar_counts_what_is_evaluated(finished, vae, tmp_path, configuration):
     job = Job(out=tmp_path, vae=str(vae), size=TINY, device="cpu")
     train_and_measure(job, configuration, 0, heard.append)
     assert sum(heard) == frame_evaluations(TINY, configuration)
-    model = ARDiffTransformerModel.from_pretrained(job.run_folder(configuration, 0) / "transformer")
-    assert model.config.causal is configuration.causal
+    folder = job.run_folder(configuration, 0)
+    assert ARDiffTransformerModel.from_pretrained(folder / "transformer").config.causal is configuration.causal
+    options = json.loads((folder / "training_config.json").read_text())
+    assert options["timesteps"] == configuration.law
+    assert recipe_of(options) == recipe_of(asdict(configuration))
+
+
+def test_recipe_of_the_bundled_model_is_one_of_the_rows():
+    configuration = asdict(CONFIGURATIONS[-1])
+    assert configuration["name"] == "recipe"
+    assert recipe_of(configuration) == recipe_of(asdict(PRESETS["scenes-64-cpu"])) != recipe_of(asdict(BASE))
+    assert CONFIGURATIONS[-1].scheduler().alphas_cumprod[-1] == 0.0
 
 
 def test_batches_start_as_in_training_on_scenes(finished, vae):

@@ -29,7 +29,6 @@ from ardiff.evaluation.prediction import NUM_FRAMES, NUM_PROMPT_FRAMES
 from ardiff.evaluation.report import write_json
 from ardiff.pipelines.pipeline_ardiff import ARDiffPipeline
 from ardiff.schedulers.ad_schedule import ad_schedule, plan_counts
-from ardiff.schedulers.scheduling_ad import ADScheduler
 
 
 MAX_SEEDS = 10
@@ -134,8 +133,7 @@ def train_and_measure(job: Job, configuration: Configuration, seed: int, count: 
     vae = job.load_vae()
     transformer = train(job, vae, configuration, seed, count)
     trained = time.monotonic()
-    scheduler = ADScheduler(prediction_type=configuration.prediction_type)
-    pipe = ARDiffPipeline(vae, transformer.eval(), scheduler)
+    pipe = ARDiffPipeline(vae, transformer.eval(), configuration.scheduler())
     figures = measure(job, pipe, folder, count)
     figures |= {"train_seconds": trained - started, "measure_seconds": time.monotonic() - trained}
     figures["cpu_seconds"] = time.process_time() - used

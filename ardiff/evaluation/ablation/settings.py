@@ -10,6 +10,8 @@ from ardiff.data.scenes import SCENES
 from ardiff.evaluation.prediction import NUM_FRAMES, HeldOutClip
 from ardiff.models.autoencoder_arvae import AutoencoderARVAE
 from ardiff.schedulers.ad_schedule import profile_gaps
+from ardiff.schedulers.scheduling_ad import ADScheduler
+from ardiff.training.diffusion import PRESETS
 
 
 NUM_LONG_FRAMES = 64
@@ -22,15 +24,25 @@ Count = Callable[[int], object]  # hears of frame evaluations as they are done; 
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """One way to train: the law of the timesteps, attention to later frames or not, and what is predicted."""
+    """One way to train: the law of the timesteps, attention to later frames or not, what is predicted, and the rest of a
+    recipe under the names that `DiffusionTrainingConfig` has for it."""
 
     name: str
     law: str = "fopp"
     causal: bool = True
     prediction_type: str = "sample"
+    rescale_betas_zero_snr: bool = False
+    synchronous_share: float = 0.0
+    lagged_share: float = 0.0
+    timestep_candidates: int = 1
+
+    def scheduler(self) -> ADScheduler:
+        """Of training and of sampling."""
+        return ADScheduler(prediction_type=self.prediction_type, rescale_betas_zero_snr=self.rescale_betas_zero_snr)
 
 
 BASE = Configuration(name="fopp")
+BUNDLED = PRESETS["scenes-64-cpu"]
 CONFIGURATIONS = (
     BASE,
     Configuration(name="independent", law="independent"),
@@ -39,6 +51,14 @@ CONFIGURATIONS = (
     Configuration(name="not-causal", causal=False),
     Configuration(name="epsilon", prediction_type="epsilon"),
     Configuration(name="v", prediction_type="v_prediction"),
+    Configuration(name="zero-snr", rescale_betas_zero_snr=True),
+    Configuration(
+        name="recipe",
+        rescale_betas_zero_snr=BUNDLED.rescale_betas_zero_snr,
+        synchronous_share=BUNDLED.synchronous_share,
+        lagged_share=BUNDLED.lagged_share,
+        timestep_candidates=BUNDLED.timestep_candidates,
+    ),
 )
 LABELS = {
     "fopp": "FoPP, causal, x0 (base)",
@@ -48,6 +68,8 @@ LABELS = {
     "not-causal": "attention not causal",
     "epsilon": "predicts the noise",
     "v": "predicts v",
+    "zero-snr": "zero terminal SNR",
+    "recipe": "recipe of the bundled model (zero terminal SNR, shares of synchronous and lagged rows)",
 }
 
 

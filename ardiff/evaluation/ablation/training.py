@@ -8,7 +8,6 @@ from ardiff.evaluation.ablation.settings import Configuration, Count, Job
 from ardiff.evaluation.prediction import NUM_FRAMES
 from ardiff.models.autoencoder_arvae import AutoencoderARVAE
 from ardiff.models.transformer_ardiff import ARDiffTransformerModel
-from ardiff.schedulers.scheduling_ad import ADScheduler
 from ardiff.training.diffusion import DiffusionTrainingConfig, draw_timesteps, new_transformer
 from ardiff.training.loop import TrainingRun
 from ardiff.training.losses import diffusion_loss, snr_weight
@@ -38,11 +37,13 @@ def train(
         sample_every=size.num_steps,
         prediction_type=configuration.prediction_type,
         timesteps=configuration.law,
-        synchronous_share=0.0,
-        lagged_share=0.0,
+        rescale_betas_zero_snr=configuration.rescale_betas_zero_snr,
+        synchronous_share=configuration.synchronous_share,
+        lagged_share=configuration.lagged_share,
+        timestep_candidates=configuration.timestep_candidates,
     )
     torch.random.default_generator.manual_seed(seed)
-    scheduler = ADScheduler(prediction_type=config.prediction_type)
+    scheduler = configuration.scheduler()
     transformer = new_transformer(config, vae, size.scenes, causal=configuration.causal)
     clips = TrainingTokens(job)
     run = TrainingRun(config, transformer.train())
