@@ -385,11 +385,15 @@ class Session:
         seconds = 0.0 if error or run.future.cancelled() else run.future.result()
         folder = self.store.find(run.id)
         count, total = len(list(folder.glob("frame-*.png"))), len(video_frames(folder))
-        video = self.store.export(run.id, "mp4") if count else None
+        settings, video = {**run.request.settings(), "finished_frames": count, "seconds": seconds}, None
+        try:
+            video = self.store.export(run.id, "mp4") if count else None
+            if error is None:
+                self.store.add_settings(run.id, settings)
+        except (OSError, RuntimeError) as no_room:  # of two errors the first one is the cause
+            error = error or no_room
         if error is not None:
             return Failed(run.id, describe(error), video, count)
-        settings = {**run.request.settings(), "finished_frames": count, "seconds": seconds}
-        self.store.add_settings(run.id, settings)
         stopped = count < run.request.num_frames
         return Finished(run.id, video, count, total, stopped, seconds, settings, run.limit if stopped else None)
 
@@ -584,6 +588,9 @@ def describe(error: BaseException) -> str:
     """One sentence for a visitor about what went wrong."""
     if isinstance(error, ValueError | GpuError | ReplicaLost):
         return str(error)
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        reason = error.strerror or "no video could be written"  # ffmpeg's own words fill a screen
+        return f"The server's disk is full or failed ({reason}); what had finished is kept."
     if isinstance(error, torch.OutOfMemoryError):
         return "The device ran out of memory; what had finished is kept. Choose a larger gap, a shorter length or no guidance."
     return f"The run broke off ({type(error).__name__}: {error}); what had finished is kept."

@@ -57,7 +57,10 @@ class RunStore:
         return folder
 
     def begin(self, run_id: str, request: GenerationRequest) -> None:
-        """Make the folder of a run, which no sweep removes until `end`; with the frames of the run that it goes on from."""
+        """Make the folder of a run, which no sweep removes until `end`; with the frames of the run that it goes on from.
+
+        Raises ValueError with one sentence where the disk has no room for it; nothing of it is left then.
+        """
         earlier = [] if request.continues is None else video_frames(self.find(request.continues))
         folder = self.runs / run_id
         with self._lock:
@@ -67,10 +70,12 @@ class RunStore:
             self.add_settings(run_id, request.settings())
             for index, path in enumerate(earlier):
                 shutil.copy(path, folder / f"earlier-{index:05d}.png")
-        except OSError:  # the disk is full: half a run is none
+        except OSError as error:
             self.end(run_id)
             shutil.rmtree(folder, ignore_errors=True)
-            raise
+            raise ValueError(
+                f"The server cannot keep a run on its disk ({error.strerror}), so none was begun."
+            ) from error
 
     # A run is read while it grows: a file has its name only when it is whole.
 

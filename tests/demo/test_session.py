@@ -1,6 +1,7 @@
 """The studio without its page: one worker, many visitors, nothing lost and nothing mixed."""
 
 import json
+import resource
 import time
 from collections import deque
 from dataclasses import replace
@@ -237,6 +238,22 @@ def test_a_failing_model_is_told_in_a_sentence_and_the_next_run_works(session, m
     assert last.num_frames == 2
     assert last.video.stat().st_size > 0
     assert isinstance(list(session.run(GenerationRequest(**SMALL)))[-1], Finished)
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_the_next_run_works(slow):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    events = []
+    try:
+        for event in slow.run(GenerationRequest(**SMALL)):
+            events.append(event)
+            if isinstance(event, FrameReady):  # a limit on the size of files: from here on writing fails for real
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(events[-1], Failed)
+    assert events[-1].message == "The server's disk is full or failed (File too large); what had finished is kept."
+    assert 1 <= events[-1].num_frames == len(slow.store.recover(events[-1].run_id).frames) < SMALL["num_frames"]
+    assert isinstance(list(slow.run(GenerationRequest(**SMALL)))[-1], Finished)
 
 
 def test_out_of_memory_is_told_and_what_had_finished_is_kept(session, monkeypatch):

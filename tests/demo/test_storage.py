@@ -50,7 +50,7 @@ def test_a_run_that_finds_no_room_leaves_nothing(store):
     run_id, limits = uuid.uuid4().hex, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(ValueError, match=r"cannot keep a run on its disk \(File too large\), so none was begun"):
             store.begin(run_id, GenerationRequest(num_frames=4))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
