@@ -22,8 +22,12 @@ from ardiff import ADScheduler, ARDiffPipeline, ARDiffTransformerModel, Autoenco
 
 
 PAGE_TESTS = {
-    f"tests/demo/test_{name}.py" for name in ("access", "browser", "engines", "models", "plan_mirror", "studio")
-}
+    f"tests/{name}.py"
+    for name in (
+        "demo/test_access", "demo/test_browser", "demo/test_engines", "demo/test_models", "demo/test_plan_mirror",
+        "demo/test_studio", "serving/test_cluster",
+    )
+}  # fmt: skip
 CHROMIUM_ARGS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -54,9 +54,9 @@ def test_diffusion_exports_a_working_pipeline(tmp_path, trained_vae):
     assert weights == pytest.approx(2 * sum(p.numel() for p in pipe.transformer.parameters()), rel=0.2)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_killed_run_goes_on_with_the_same_losses(tmp_path, trained_vae, optimizer):
-    options = {"num_steps": 30, "checkpoint_every": 3, "sample_every": 30, "optimizer": optimizer}
+def test_a_killed_run_goes_on_with_the_same_losses(tmp_path, trained_vae):
+    # Muon for the matrices of the blocks, AdamW for the rest: the state of both is in a checkpoint.
+    options = {"num_steps": 30, "checkpoint_every": 3, "sample_every": 30, "optimizer": "muon"}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     train_diffusion(diffusion_config(straight, trained_vae, **options))
     code = (
