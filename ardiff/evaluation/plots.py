@@ -212,7 +212,7 @@ def draw_loss(curves: dict[str, list[dict]]) -> "Figure":
     Args:
         curves: what `loss_by_timestep` found, once or for several seeds, by label; the seeds' mean and range are drawn.
     """
-    figure, axes = new_figure(3.8 if len(curves) > 1 else 3.2, 1, 2, sharey=True)
+    figure, axes = new_figure(4.0 if len(curves) > 1 else 3.2, 1, 2, sharey=True)
     titles = {
         "all_noisy": "all frames at this timestep (gap 0)",
         "last_noisy": "last frame, behind 15 clean ones (gap N)",
@@ -237,7 +237,7 @@ def draw_loss(curves: dict[str, list[dict]]) -> "Figure":
     axes[0, 0].set_ylabel("squared error of the clean tokens\n(their variance is about 1)", fontsize=9)
     if len(curves) > 1:
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure
 
 
@@ -453,7 +453,7 @@ def draw_drift(report: dict) -> "Figure":
     """Distance of every 16 frames of a video of 64, a panel for each way of sampling."""
     names = list(report["table"])
     plans = list(report["runs"][0]["long_samples"])
-    figure, axes = new_figure(4.0, 1, len(plans), sharey=True)
+    figure, axes = new_figure(4.2, 1, len(plans), sharey=True)
     for axis, plan in zip(axes[0], plans, strict=True):
         for index, name in enumerate(names):
             blocks = np.array([result["long_samples"][plan] for result in report["runs"] if result["name"] == name])
@@ -475,7 +475,7 @@ def draw_drift(report: dict) -> "Figure":
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("Frechet distance (lower is better)", fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure
 
 

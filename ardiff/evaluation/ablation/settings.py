@@ -69,7 +69,7 @@ LABELS = {
     "epsilon": "predicts the noise",
     "v": "predicts v",
     "zero-snr": "zero terminal SNR",
-    "recipe": "recipe of the bundled model (zero terminal SNR, shares of synchronous and lagged rows)",
+    "recipe": "bundled recipe (zero terminal SNR, shares of synchronous and lagged rows)",
 }
 
 
