@@ -150,6 +150,11 @@ def add_ablate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help="put the table between this file's marks <!-- ablation -->"
     )
+    parser.add_argument(
+        "--recipe",
+        action="store_true",
+        help="also train with zero terminal SNR, alone and with the rest of the bundled model's recipe",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of each configuration, 2 to 10; default: 3")
     parser.add_argument(
         "--processes", type=int, help="runs at once, one CPU thread each; default: 2 with --quick, else 1"
@@ -160,7 +165,7 @@ def add_ablate_options(parser: argparse.ArgumentParser) -> None:
 def run_ablate(args: argparse.Namespace) -> None:
     from ardiff.evaluation.ablation.reporting import format_table, write_into
     from ardiff.evaluation.ablation.run import ablate
-    from ardiff.evaluation.ablation.settings import SIZES
+    from ardiff.evaluation.ablation.settings import CONFIGURATIONS, RECIPE_CONFIGURATIONS, SIZES
     from ardiff.evaluation.plots import import_figure, plot_ablation
     from ardiff.pipelines.loading import bundled_model, choose_device
 
@@ -171,6 +176,7 @@ def run_ablate(args: argparse.Namespace) -> None:
         SIZES["quick" if args.quick else "full"],
         vae=bundled_model() / "vae" if args.vae is None else args.vae,
         num_seeds=args.seeds,
+        configurations=CONFIGURATIONS + (RECIPE_CONFIGURATIONS if args.recipe else ()),
         processes=(2 if args.quick else 1) if args.processes is None else args.processes,
         device="cpu" if args.quick and args.device == "auto" else choose_device(args.device),
         command=" ".join(["ardiff", *sys.argv[1:]]),

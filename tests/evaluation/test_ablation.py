@@ -22,7 +22,7 @@ from ardiff.evaluation.ablation.reporting import (
     write_into,
 )
 from ardiff.evaluation.ablation.run import ablate, frame_evaluations, train_and_measure
-from ardiff.evaluation.ablation.settings import BASE, CONFIGURATIONS, NUM_BLOCKS, Job, Size
+from ardiff.evaluation.ablation.settings import BASE, NUM_BLOCKS, RECIPE_CONFIGURATIONS, Job, Size
 from ardiff.training.diffusion import PRESETS, DiffusionTrainingConfig, draw_timesteps
 
 
@@ -42,8 +42,9 @@ TINY = Size(
     num_real=4,
     mixed_precision="no",
 )
+RECIPE = RECIPE_CONFIGURATIONS[-1]
 # All that can differ from the base at once.
-OTHER = replace(CONFIGURATIONS[-1], causal=False, law="independent", prediction_type="v_prediction")
+OTHER = replace(RECIPE, causal=False, law="independent", prediction_type="v_prediction")
 
 
 def recipe_of(options):
@@ -161,10 +162,10 @@ def test_bar_counts_what_is_evaluated(finished, vae, tmp_path, configuration):
 
 
 def test_recipe_of_the_bundled_model_is_one_of_the_rows():
-    configuration = asdict(CONFIGURATIONS[-1])
+    configuration = asdict(RECIPE)
     assert configuration["name"] == "recipe"
     assert recipe_of(configuration) == recipe_of(asdict(PRESETS["scenes-64-cpu"])) != recipe_of(asdict(BASE))
-    assert CONFIGURATIONS[-1].scheduler().alphas_cumprod[-1] == 0.0
+    assert RECIPE.scheduler().alphas_cumprod[-1] == 0.0
 
 
 def test_batches_start_as_in_training_on_scenes(finished, vae):
