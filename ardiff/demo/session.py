@@ -390,8 +390,8 @@ class Session:
             video = self.store.export(run.id, "mp4") if count else None
             if error is None:
                 self.store.add_settings(run.id, settings)
-        except (OSError, RuntimeError) as no_room:  # of two errors the first one is the cause
-            error = error or no_room
+        except (OSError, RuntimeError) as not_written:  # of two errors the first one is the cause
+            error = error or not_written
         if error is not None:
             return Failed(run.id, describe(error), video, count)
         stopped = count < run.request.num_frames
