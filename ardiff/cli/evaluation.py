@@ -35,6 +35,11 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=50, help="denoising steps of every frame; default: 50")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; default: 1.0, which is off")
+    parser.add_argument(
+        "--commit-timestep",
+        type=int,
+        help="how noisy the model is told that finished frames are, 0 = clean; default: the model's own",
+    )
     parser.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="of the generation; default: float32")
     parser.add_argument("--batch-size", type=int, default=64, help="clips at once; default: 64")
     parser.add_argument("--seed", type=int, default=0, help="of the clips and of the noise; default: 0")
@@ -70,16 +75,23 @@ def run_evaluate(args: argparse.Namespace) -> None:
     check_output(args.out, (".json",))
     hide_loading_bar()
     if args.data is not None:
+        if args.commit_timestep is not None:
+            raise ValueError("`--commit-timestep` must not be given with `--data`, which takes the model as it is.")
         run_evaluate_set(args)
         return
     if args.i3d or args.videomae or args.inception or args.videos:
         raise ValueError("`--data` must name the real clips for `--i3d`, `--videomae`, `--inception` and `--videos`.")
 
     from ardiff.evaluation.report import evaluate, format_report
-    from ardiff.pipelines.loading import choose_device, find_model
+    from ardiff.pipelines.loading import choose_device, find_model, load_pipeline
+    from ardiff.schedulers.scheduling_ad import ADScheduler
 
+    model = find_model(args.model)
+    if args.commit_timestep is not None:
+        model = load_pipeline(args.model, device=args.device)
+        model.scheduler = ADScheduler.from_config(model.scheduler.config, commit_timestep=args.commit_timestep)
     report = evaluate(
-        find_model(args.model),
+        model,
         scenes=args.scenes,
         num_clips=args.num_clips,
         seed=args.seed,

@@ -97,7 +97,8 @@ def evaluate(
     report = {
         "model": (pipe.name_or_path or "pipeline") if model is pipe else str(model),
         "settings": {key: value for key, value in asdict(settings).items() if key != "batch_size"}
-        | {"num_frames": NUM_FRAMES, "num_prompt_frames": NUM_PROMPT_FRAMES, "image_size_px": pipe.image_size},
+        | {"num_frames": NUM_FRAMES, "num_prompt_frames": NUM_PROMPT_FRAMES, "image_size_px": pipe.image_size}
+        | {"commit_timestep": pipe.scheduler.config.commit_timestep},
     }
 
     def save() -> None:

@@ -292,7 +292,7 @@ class ARDiffTransformerModel(ModelMixin, ConfigMixin):
             timestep (torch.Tensor of shape (B, F)): int64 in [0, 1000), one per frame.
             class_labels (torch.Tensor of shape (B,) or None): int64 in [0, classes], the last = no class. None = no class.
             cache (FrameKVCache or None): finished frames, from `new_cache`.
-            num_commit (int): the first so many frames are finished (timestep 0) and are added to the cache.
+            num_commit (int): the first so many frames are finished and are added to the cache.
             modulation: what `modulate` gives, in place of `timestep` and `class_labels`.
             run_layers: what `pack` gives, in place of the blocks' own; without gradients.
 

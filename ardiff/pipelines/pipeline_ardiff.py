@@ -2,7 +2,7 @@
 
 `ARDiffPipeline.stream` yields once per iteration of the AD schedule; `__call__` drains it. Shapes: B batch, F frames, P
 prompt frames, L tokens per frame, C latent channels.
-What is evaluated: the active frames, and before them, at timestep 0, the finished frames that are not in the cache yet.
+What is evaluated: the active frames, and before them, at the commit timestep, the finished ones that the cache lacks.
 So F frames of N steps cost F * N + (F - 1) evaluations (F * N when the gap is 0); waiting frames cost nothing.
 What is held: the window of the model, the frames in flight, and nothing that grows with the video.
 """
@@ -101,8 +101,8 @@ def denoise(
 ) -> Iterator[_Iteration]:
     """Run a plan; yields after every iteration. The plan is read as Python ints: nothing waits for the device.
 
-    A call evaluates the frames [first, stop): the finished ones that the cache does not hold yet, at step index N, which
-    commits them, then the active ones. Without a cache `first` is 0: everything again in every call, the slow and obvious
+    A call evaluates the frames [first, stop): the finished ones that the cache does not hold yet, at step index N (given
+    ones at N + 1), which commits them, then the active ones. Without a cache `first` is 0: everything again in every call, the slow and obvious
     way to the same result. Held are the frames in flight and, for previews, the last `window` finished ones.
     """
     num_steps = plan.num_inference_steps
@@ -112,7 +112,8 @@ def denoise(
             latents = torch.cat([latents, start_latents.get(held + latents.shape[1], row.stop)], dim=1)
         first = 0 if cache is None else cache.num_committed
         num_behind = row.start - first
-        steps = torch.tensor([num_steps] * num_behind + list(row.steps)).to(latents.device, non_blocking=True)
+        behind = [num_steps + (frame < plan.num_prompt_frames) for frame in range(first, row.start)]
+        steps = torch.tensor(behind + list(row.steps)).to(latents.device, non_blocking=True)
         output = network(latents[:, first - held :], steps, cache, 0 if cache is None else num_behind)[:, num_behind:]
         finished, active = latents[:, : row.start - held], latents[:, row.start - held :]
         result = scheduler.step(output, steps[num_behind:], active)
@@ -329,8 +330,8 @@ class ARDiffPipeline(DiffusionPipeline):
         if guided:
             labels = torch.cat([torch.full_like(labels, transformer.null_class), labels])
         labels, video = labels.unique(return_inverse=True)
-        timesteps = inputs.scheduler.timestep_of(torch.arange(inputs.scheduler.num_inference_steps + 1))
-        # (labels, N + 1, ...) each
+        timesteps = inputs.scheduler.timestep_of(torch.arange(inputs.scheduler.num_inference_steps + 2))
+        # (labels, N + 2, ...) each
         tables = transformer.modulate(timesteps.expand(len(labels), -1).to(device), labels.to(device))
         video = video[:, None].to(device)
         run_layers = transformer.pack() if device.type == "cpu" else None

@@ -42,8 +42,8 @@ def denoise_window(
 ) -> Iterator[_Iteration]:
     """Run a plan; yields after every iteration.
 
-    The window ends with the last frame that has started, and is not moved before frame W starts. Finished and given frames
-    are shown at timestep 0, waiting ones at the first timestep, and none of these changes by a bit.
+    The window ends with the last frame that has started, and is not moved before frame W starts. Finished frames are shown
+    at the commit timestep, given ones at 0, waiting ones at the first timestep, and none of these changes by a bit.
 
     Args:
         latents (torch.Tensor of shape (B, F, L, C)): noise, given frames in front; F >= W.
@@ -53,11 +53,12 @@ def denoise_window(
     num_steps = scheduler.num_inference_steps
     before = torch.zeros_like(schedule[0])
     before[:num_prompt_frames] = num_steps
+    is_given = torch.arange(schedule.shape[1]) < num_prompt_frames
     for row, after in enumerate(schedule):
         active = (before != after).nonzero().flatten().tolist()
         start, stop = active[0], active[-1] + 1
         first = max(stop - window, 0)
-        timestep = scheduler.timestep_of(before[first : first + window]).to(latents.device)
+        timestep = scheduler.timestep_of((before + is_given)[first : first + window]).to(latents.device)
         output = predict(latents[:, first : first + window], timestep.expand(len(latents), -1))
         result = scheduler.step(output[:, start - first : stop - first], before[start:stop], latents[:, start:stop])
         guess = torch.cat([latents[:, :start], result.pred_original_sample, latents[:, stop:]], dim=1)

@@ -24,7 +24,7 @@ class PlanCounts:
     Attributes:
         iterations: network calls, one per row.
         frame_evaluations: frames the network evaluates: updates + commits + one for every prompt frame.
-        commits: finished new frames that are evaluated once more at timestep 0, because a later frame still needs
+        commits: finished new frames that are evaluated once more as finished, because a later frame still needs
             their keys and values. Prompt frames are not in this number.
         first_frame_iteration: 1-based iteration in which the first new frame is finished.
         max_in_flight: the most frames that are updated in one iteration.

@@ -43,6 +43,9 @@ class ADScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: whether nothing is left of a frame at timestep T - 1 (Lin et al., arXiv 2305.08891). The
             paper's betas leave a trace, which frames that start together add up: a model trained with it takes pure noise
             for a clip of average brightness. Not with "epsilon", where noise alone tells nothing.
+        commit_timestep: how noisy the model is told that frames which it finished are, in [0, T). 0, the paper's: clean.
+            More: it trusts them less, and their errors are handed on less; no noise is added to them (Diffusion Forcing,
+            arXiv 2407.01392, on stabilising long videos). Given frames are always shown as clean.
     """
 
     order = 1
@@ -55,6 +58,7 @@ class ADScheduler(SchedulerMixin, ConfigMixin):
         beta_end: float = 2e-2,
         prediction_type: str = "sample",
         rescale_betas_zero_snr: bool = False,
+        commit_timestep: int = 0,
     ):
         if num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` must be >= 1 but is {num_train_timesteps}.")
@@ -71,6 +75,8 @@ class ADScheduler(SchedulerMixin, ConfigMixin):
             )
         if rescale_betas_zero_snr and num_train_timesteps == 1:
             raise ValueError("`num_train_timesteps` must be >= 2 with `rescale_betas_zero_snr` but is 1.")
+        if not 0 <= commit_timestep < num_train_timesteps:
+            raise ValueError(f"`commit_timestep` must be in [0, {num_train_timesteps - 1}] but is {commit_timestep}.")
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
@@ -116,10 +122,13 @@ class ADScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = timesteps.to(device)
 
     def timestep_of(self, step_index: torch.Tensor) -> torch.Tensor:
-        """Timestep shown to the model for a step index in [0, N], same shape, int64. N gives 0, the commit timestep."""
+        """Timestep shown to the model for a step index in [0, N + 1], same shape, int64.
+
+        N, a finished frame, gives `commit_timestep`; N + 1, which stands for a given frame, gives 0.
+        """
         self._check_timesteps_set()
         timesteps = self.timesteps.to(step_index.device)
-        return torch.cat([timesteps, timesteps.new_zeros(1)])[step_index]
+        return torch.cat([timesteps, timesteps.new_tensor([self.config.commit_timestep, 0])])[step_index]
 
     def noise_level(self, step_index: torch.Tensor) -> torch.Tensor:
         """Share of noise left, (N - step_index) / N in [0, 1], same shape, float32."""

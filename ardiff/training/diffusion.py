@@ -53,6 +53,9 @@ class DiffusionTrainingConfig(TrainingConfig):
     rescale_betas_zero_snr: bool = option(
         False, "leave nothing of a frame at the last timestep, where sampling starts"
     )
+    commit_timestep: int = option(
+        0, "how noisy sampling says that finished frames are, in timesteps, so that their errors are handed on less"
+    )
     timesteps: str = option("fopp", f"law of the training timesteps: {', '.join(SAMPLERS)}")
     synchronous_share: float = option(0.1, "share of clips with one timestep for all frames")
     lagged_share: float = option(0.3, "share of clips with a row of a random sampling plan")
@@ -92,9 +95,10 @@ class DiffusionTrainingConfig(TrainingConfig):
             )
 
 
-# What paid on the scenes, see the README; the options' own defaults keep the paper's betas.
+# What paid on the scenes, see the README; the options' own defaults are the paper's.
 RECIPE = {
-    "optimizer": "muon", "synchronous_share": 0.2, "timestep_candidates": 8, "rescale_betas_zero_snr": True
+    "optimizer": "muon", "synchronous_share": 0.2, "timestep_candidates": 8, "rescale_betas_zero_snr": True,
+    "commit_timestep": 80,
 }  # fmt: skip
 PRESETS = {
     "scenes-64-cpu": DiffusionTrainingConfig(
@@ -201,7 +205,9 @@ def train_diffusion(config: DiffusionTrainingConfig) -> Path:
         )
     torch.random.default_generator.manual_seed(config.seed)
     scheduler = ADScheduler(
-        prediction_type=config.prediction_type, rescale_betas_zero_snr=config.rescale_betas_zero_snr
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        commit_timestep=config.commit_timestep,
     )
     clips = training_clips(config)
     class_names = list(clips.class_names)

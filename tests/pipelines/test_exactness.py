@@ -17,7 +17,7 @@ GUIDANCE = 2.5
 LABEL = 1
 
 
-def pipeline(vae, window, depth=2):
+def pipeline(vae, window, depth=2, commit_timestep=0):
     """Random weights large enough that every path matters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -26,7 +26,7 @@ def pipeline(vae, window, depth=2):
         )
         for parameter in transformer.parameters():
             torch.nn.init.normal_(parameter, std=0.15)
-    pipe = ARDiffPipeline(vae, transformer.eval(), ADScheduler())
+    pipe = ARDiffPipeline(vae, transformer.eval(), ADScheduler(commit_timestep=commit_timestep))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -39,16 +39,20 @@ def run(pipe, num_frames, num_steps, ar_step, **arguments):
 
 
 @torch.no_grad()
-def obvious(pipe, num_frames, num_steps, ar_step):
+def obvious(pipe, num_frames, num_steps, ar_step, prompt_frames=()):
     """Every frame, finished and waiting ones too, in every iteration and for either guidance half; nothing is kept."""
-    model, scheduler = pipe.transformer, ADScheduler()
+    model, scheduler = pipe.transformer, pipe.scheduler
     scheduler.set_timesteps(num_steps)
     generator = torch.Generator().manual_seed(0)
     dtype = torch.promote_types(model.dtype, torch.float32)
     latents = torch.cat([torch.randn(1, 1, 4, 4, generator=generator, dtype=dtype) for _ in range(num_frames)], dim=1)
-    before = torch.zeros(num_frames, dtype=torch.int64)
-    for after in ad_schedule(num_frames, num_steps, ar_step):
-        timestep = scheduler.timestep_of(before)[None]
+    before, num_prompts = torch.zeros(num_frames, dtype=torch.int64), len(prompt_frames)
+    if num_prompts:
+        latents[:, :num_prompts] = pipe.vae.encode(pipe._prompt_pixels(prompt_frames)).mode()
+        before[:num_prompts] = num_steps
+    for after in ad_schedule(num_frames, num_steps, ar_step, num_prompt_frames=num_prompts):
+        timestep = torch.cat([scheduler.timesteps, torch.tensor([scheduler.config.commit_timestep])])[before][None]
+        timestep[:, :num_prompts] = 0
         without = model(latents, timestep)
         with_class = model(latents, timestep, torch.tensor([LABEL]))
         output = without + GUIDANCE * (with_class - without)
@@ -74,6 +78,23 @@ def test_fifty_steps_equal_the_obvious_sampler(tiny_vae, num_frames, ar_step, wi
     assert frames.dtype == expected.dtype == dtype
     assert frames.std() > 0.1
     assert (frames - expected).abs().max() <= limit * expected.abs().max()
+
+
+@pytest.mark.parametrize(("num_frames", "ar_step", "window"), [(6, 5, 16), (4, 50, 16), (7, 20, 3)])
+def test_a_commit_timestep_changes_what_is_shown_and_nothing_else(tiny_vae, num_frames, ar_step, window):
+    pipe = pipeline(tiny_vae, window, commit_timestep=80)
+    pipe.transformer.double()
+    frames, expected = run(pipe, num_frames, 50, ar_step), obvious(pipe, num_frames, 50, ar_step)
+    assert (frames - expected).abs().max() <= 1e-10 * expected.abs().max()
+    prompt = [torch.full((32, 32, 3), 50 * frame, dtype=torch.uint8).numpy() for frame in range(2)]
+    for use_cache in (True, False):
+        continued = run(pipe, num_frames, 50, ar_step, prompt_frames=prompt, use_cache=use_cache)
+        expected = obvious(pipe, num_frames, 50, ar_step, prompt)
+        assert (continued - expected).abs().max() <= 1e-10 * expected.abs().max()
+    pipe.scheduler = ADScheduler()
+    plain = run(pipe, num_frames, 50, ar_step)
+    assert torch.equal(plain[:, 0], frames[:, 0])
+    assert (plain[:, -1] - frames[:, -1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("num_frames", "ar_step", "window"), [(6, 5, 16), (7, 20, 3), (6, 25, 2)])

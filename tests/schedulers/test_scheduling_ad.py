@@ -69,6 +69,21 @@ def test_timestep_and_noise_level_of_a_step_index():
     assert torch.equal(noise_level[step_index < 4], ((timestep + 1) / 1000)[step_index < 4])
 
 
+def test_finished_frames_are_shown_at_the_commit_timestep_and_given_ones_at_0():
+    every_index = torch.arange(6)
+    assert ready(num_inference_steps=4).timestep_of(every_index).tolist() == [999, 749, 499, 249, 0, 0]
+    trusting_less = ready(num_inference_steps=4, commit_timestep=80)
+    assert trusting_less.timestep_of(every_index).tolist() == [999, 749, 499, 249, 80, 0]
+    # They are no noisier for that: neither their level nor any step of the others changes.
+    assert trusting_less.noise_level(every_index[:-1]).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    sample, index = normal(B, 4, L, C), torch.arange(4)
+    stepped, expected = (
+        scheduler.step(0.5 * sample, index, sample).prev_sample
+        for scheduler in (trusting_less, ready(num_inference_steps=4))
+    )
+    assert torch.equal(stepped, expected)
+
+
 @pytest.mark.parametrize(("prediction_type", "rescaled"), KINDS)
 @pytest.mark.parametrize("num_inference_steps", [1, 7, 50])
 def test_a_perfect_model_reaches_the_clean_frames_along_the_exact_path(prediction_type, rescaled, num_inference_steps):
@@ -231,6 +246,7 @@ def test_save_and_load(tmp_path):
         beta_end=0.1,
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
+        commit_timestep=7,
     )
     scheduler.save_pretrained(tmp_path)
     loaded = ADScheduler.from_pretrained(tmp_path)
@@ -253,6 +269,8 @@ def test_save_and_load(tmp_path):
             "`prediction_type` must be 'sample' or 'v_prediction' with `rescale_betas_zero_snr` but is 'epsilon'",
         ),
         ({"num_train_timesteps": 1, "rescale_betas_zero_snr": True}, "`num_train_timesteps` must be >= 2 .* but is 1"),
+        ({"commit_timestep": -1}, r"`commit_timestep` must be in \[0, 999\] but is -1"),
+        ({"commit_timestep": 1000}, r"`commit_timestep` must be in \[0, 999\] but is 1000"),
     ],
 )
 def test_wrong_config_is_refused(config, message):

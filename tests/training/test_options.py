@@ -155,11 +155,13 @@ def picture_folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("rescaled", [False, True])
-def test_the_pipeline_samples_with_the_betas_it_was_trained_with(tmp_path, trained_vae, rescaled):
-    folder = train_diffusion(diffusion_config(tmp_path, trained_vae, num_steps=1, rescale_betas_zero_snr=rescaled))
+@pytest.mark.parametrize(("rescaled", "commit_timestep"), [(False, 0), (True, 7)])
+def test_the_pipeline_samples_as_the_options_say(tmp_path, trained_vae, rescaled, commit_timestep):
+    options = {"rescale_betas_zero_snr": rescaled, "commit_timestep": commit_timestep}
+    folder = train_diffusion(diffusion_config(tmp_path, trained_vae, num_steps=1, **options))
     scheduler = ARDiffPipeline.from_pretrained(folder).scheduler
     assert (scheduler.alphas_cumprod[-1] == 0) == rescaled
+    assert scheduler.config.commit_timestep == commit_timestep
     config = diffusion_config(tmp_path / "other", trained_vae, rescale_betas_zero_snr=True, prediction_type="epsilon")
     with pytest.raises(ValueError, match="`prediction_type` must be 'sample' or 'v_prediction'"):
         train_diffusion(config)
