@@ -37,8 +37,8 @@ class Stage {
     this.rows = [];
     this.opened = null;
     this.stats = { received: 0, drawn: 0, blank: 0, bytes: 0 };
-    this.quiet = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    this.playing = !this.quiet;
+    this.reducedMotion = matchMedia("(prefers-reduced-motion: reduce)"); // may change while the page is open
+    this.playing = !this.reducedMotion.matches;
     this.position = 0;
     this.touched = 0;
     this.find(".ar-play").addEventListener("click", () => this.setPlaying(!this.playing));
@@ -289,7 +289,7 @@ class Stage {
 
   /* Under reduced motion a tile that is nearly noise changes at most three times a second. */
   keepsCalm(frame, level) {
-    if (!this.quiet || !this.running || level < 0.6 || level >= 1) return false;
+    if (!this.reducedMotion.matches || !this.running || level < 0.6 || level >= 1) return false;
     const now = performance.now();
     this.calm = this.calm || [];
     if (now - (this.calm[frame] || 0) < QUIET_MS) return true;
@@ -318,7 +318,7 @@ class Stage {
     if (!this.running || performance.now() - this.touched < 4000 || pane.scrollWidth <= pane.clientWidth) return;
     const share = (x - pane.scrollLeft) / pane.clientWidth;
     if (share < 0 || share > 0.7) {
-      pane.scrollTo({ left: Math.max(0, x - 0.35 * pane.clientWidth), behavior: this.quiet ? "auto" : "smooth" });
+      pane.scrollTo({ left: Math.max(0, x - 0.35 * pane.clientWidth), behavior: this.reducedMotion.matches ? "auto" : "smooth" });
     }
   }
 
