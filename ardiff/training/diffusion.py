@@ -98,7 +98,7 @@ class DiffusionTrainingConfig(TrainingConfig):
 # What paid on the scenes, see the README; the options' own defaults are the paper's.
 RECIPE = {
     "optimizer": "muon", "synchronous_share": 0.2, "timestep_candidates": 8, "rescale_betas_zero_snr": True,
-    "commit_timestep": 80,
+    "commit_timestep": 160,
 }  # fmt: skip
 PRESETS = {
     "scenes-64-cpu": DiffusionTrainingConfig(
