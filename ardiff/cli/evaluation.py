@@ -165,7 +165,7 @@ def add_ablate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         action="store_true",
-        help="also train with zero terminal SNR, alone and with the rest of the bundled model's recipe",
+        help="also with zero terminal SNR, with finished frames shown as noisy, and with all of the bundled model's recipe",
     )
     parser.add_argument("--seeds", type=int, default=3, help="of each configuration, 2 to 10; default: 3")
     parser.add_argument(

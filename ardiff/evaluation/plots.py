@@ -31,8 +31,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255", "#999933")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+    "#882255",
+    "#999933",
+    "#332288",
+    "#aa4499",
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "h")
 GREY = "#666666"
 MAP = "cividis"
 WIDTH = 8.0  # inches: 800 px on the page, drawn at twice that

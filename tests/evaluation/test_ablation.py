@@ -50,7 +50,8 @@ OTHER = replace(RECIPE, causal=False, law="independent", prediction_type="v_pred
 def recipe_of(options):
     """What a configuration shares with the options of the training."""
     names = (
-        "prediction_type", "rescale_betas_zero_snr", "synchronous_share", "lagged_share", "timestep_candidates"
+        "prediction_type", "rescale_betas_zero_snr", "synchronous_share", "lagged_share", "timestep_candidates",
+        "commit_timestep",
     )  # fmt: skip
     return {name: options[name] for name in names}
 
@@ -166,6 +167,7 @@ def test_recipe_of_the_bundled_model_is_one_of_the_rows():
     assert configuration["name"] == "recipe"
     assert recipe_of(configuration) == recipe_of(asdict(PRESETS["scenes-64-cpu"])) != recipe_of(asdict(BASE))
     assert RECIPE.scheduler().alphas_cumprod[-1] == 0.0
+    assert RECIPE.scheduler().config.commit_timestep == configuration["commit_timestep"] > 0
 
 
 def test_batches_start_as_in_training_on_scenes(finished, vae):

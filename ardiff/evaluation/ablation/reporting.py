@@ -113,7 +113,8 @@ def interval(values: Sequence[float]) -> dict[str, float | int | None]:
 def compare(report: dict) -> list[dict]:
     """Pairs of figures that answer the questions; a difference counts when its 95 % t interval leaves out zero.
 
-    "training": the base against every other configuration, figure by figure. "sampling": long videos at gap 5 and N against
+    "training": the base against every other configuration, figure by figure, and FoPP against independent timesteps once
+    more where both show finished frames as noisy. "sampling": long videos at gap 5 and N against
     synchronous blocks, for every model. "both": the base so against the model of synchronous timesteps in blocks.
     Differences are taken seed by seed. The intervals are not widened for the number of comparisons.
     """
@@ -122,6 +123,8 @@ def compare(report: dict) -> list[dict]:
     every = next(iter(report["table"].values()), {})
     blocks, *gaps = (column for column in every if column.startswith("64"))
     pairs = [("training", (BASE.name, column), (name, column)) for name in others for column in every]
+    if {"commit", "independent-commit"} <= set(others):
+        pairs += [("training", ("commit", column), ("independent-commit", column)) for column in every]
     pairs += [("sampling", (name, column), (name, blocks)) for column in gaps for name in report["table"]]
     pairs += [("both", (BASE.name, column), ("synchronous", blocks)) for column in gaps]
     found = []

@@ -24,8 +24,8 @@ Count = Callable[[int], object]  # hears of frame evaluations as they are done; 
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """One way to train: the law of the timesteps, attention to later frames or not, what is predicted, and the rest of a
-    recipe under the names that `DiffusionTrainingConfig` has for it."""
+    """One way to train and sample: the law of the timesteps, attention to later frames or not, what is predicted, and the
+    rest of a recipe under the names that `DiffusionTrainingConfig` has for it."""
 
     name: str
     law: str = "fopp"
@@ -35,10 +35,15 @@ class Configuration:
     synchronous_share: float = 0.0
     lagged_share: float = 0.0
     timestep_candidates: int = 1
+    commit_timestep: int = 0
 
     def scheduler(self) -> ADScheduler:
         """Of training and of sampling."""
-        return ADScheduler(prediction_type=self.prediction_type, rescale_betas_zero_snr=self.rescale_betas_zero_snr)
+        return ADScheduler(
+            prediction_type=self.prediction_type,
+            rescale_betas_zero_snr=self.rescale_betas_zero_snr,
+            commit_timestep=self.commit_timestep,
+        )
 
 
 BASE = Configuration(name="fopp")
@@ -55,12 +60,15 @@ CONFIGURATIONS = (
 # Beyond what the paper compares; `--quick` with them takes longer than half an hour.
 RECIPE_CONFIGURATIONS = (
     Configuration(name="zero-snr", rescale_betas_zero_snr=True),
+    Configuration(name="commit", commit_timestep=BUNDLED.commit_timestep),
+    Configuration(name="independent-commit", law="independent", commit_timestep=BUNDLED.commit_timestep),
     Configuration(
         name="recipe",
         rescale_betas_zero_snr=BUNDLED.rescale_betas_zero_snr,
         synchronous_share=BUNDLED.synchronous_share,
         lagged_share=BUNDLED.lagged_share,
         timestep_candidates=BUNDLED.timestep_candidates,
+        commit_timestep=BUNDLED.commit_timestep,
     ),
 )
 LABELS = {
@@ -72,7 +80,9 @@ LABELS = {
     "epsilon": "predicts the noise",
     "v": "predicts v",
     "zero-snr": "zero terminal SNR",
-    "recipe": "bundled recipe (zero terminal SNR, shares of synchronous and lagged rows)",
+    "commit": "FoPP, finished frames shown as noisy",
+    "independent-commit": "independent timesteps, finished frames shown as noisy",
+    "recipe": "bundled recipe (zero terminal SNR, shares of synchronous and lagged rows, finished frames shown as noisy)",
 }
 
 

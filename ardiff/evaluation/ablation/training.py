@@ -41,6 +41,7 @@ def train(
         synchronous_share=configuration.synchronous_share,
         lagged_share=configuration.lagged_share,
         timestep_candidates=configuration.timestep_candidates,
+        commit_timestep=configuration.commit_timestep,
     )
     torch.random.default_generator.manual_seed(seed)
     scheduler = configuration.scheduler()
