@@ -41,6 +41,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Each file's tests run in one process, and all that open the page in the same one: two browsers at once wait for each other."""
     from xdist.scheduler import LoadFileScheduling
 
+    # Else files with few tests come last, and the longest of them are among these: one process would wait for the other.
+    config.option.loadscopereorder = False
+
     class PageTogether(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             scope = super()._split_scope(nodeid)

@@ -315,12 +315,13 @@ def test_more_than_the_operator_allows_is_refused(session, change, words):
 
 def test_a_run_ends_when_its_time_is_up_and_keeps_what_had_finished(slow, monkeypatch):
     monkeypatch.setattr(slow, "limits", replace(slow.limits, run_seconds=1))
-    request = GenerationRequest(**{**SMALL, "num_inference_steps": 20, "ar_step": 20}, seed=5)
+    # A first frame after 0.15 s of waiting, the last one after 2.4 s.
+    request = GenerationRequest(num_frames=16, num_inference_steps=5, ar_step=5, seed=5)
     events = list(slow.run(request))
     last = events[-1]
     assert isinstance(last, Finished)
     assert (last.stopped, last.limit) == (True, 1)
-    assert 0 < last.num_frames < 6
+    assert 0 < last.num_frames < 16
     np.testing.assert_array_equal(frames_of(events), expected(slow, request)[: last.num_frames])
     view = RunView(request, slow.first.facts())
     view.absorb(last)
