@@ -106,6 +106,8 @@ def main() -> None:
     parser.add_argument("--fps", type=int, default=8)
     parser.add_argument("--out", default="clearing_up.webp", help=".webp")
     args = parser.parse_args()
+    if not args.out.endswith(".webp"):
+        parser.error(f"--out must end in .webp but is {args.out}.")
 
     pipe = ARDiffPipeline.from_pretrained(args.model or bundled_model(), dtype=torch.float32)
     runs = {}
