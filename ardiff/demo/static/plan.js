@@ -240,6 +240,11 @@ function themeColour(element, name) {
   return getComputedStyle(element).getPropertyValue(name).trim() || "#888";
 }
 
+/* Draws in the next frame: drawing may change sizes, and one that changes within an observer's round is reported as an error. */
+function redrawOnResize(element, draw) {
+  new ResizeObserver(() => requestAnimationFrame(() => draw())).observe(element);
+}
+
 /* ---- The map as a picture for a paper --------------------------------------------------------------------------- */
 
 /* The plan as a small SVG on white: frames to the right, model calls down; the levels of a frame are one gradient. */
@@ -354,7 +359,7 @@ class PlanView {
     this.drag = null;
     studio.planView = () => { this.refusal = ""; this.draw(); };
     watch("value", () => this.learn());
-    new ResizeObserver(() => this.draw()).observe(this.canvas);
+    redrawOnResize(this.canvas, () => this.draw());
     this.canvas.addEventListener("pointerdown", (event) => this.grab(event));
     this.canvas.addEventListener("pointermove", (event) => this.pull(event));
     for (const end of ["pointerup", "pointercancel"]) this.canvas.addEventListener(end, () => { this.drag = null; });
@@ -467,6 +472,6 @@ function mountPlan(element, props, watch) {
 
 Object.assign(api, {
   makePlan, stepIndex, smallestGap, planCounts, profileGaps, planProblem, runMemory, planSentence, gapMeaning, noiseColour, context,
-  drawFrame, drawMap, themeColour, mapSvg, mapPng, setControls, setDrawn, mountPlan,
+  drawFrame, drawMap, themeColour, redrawOnResize, mapSvg, mapPng, setControls, setDrawn, mountPlan,
 });
 })();

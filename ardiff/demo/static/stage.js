@@ -6,7 +6,7 @@
 "use strict";
 
 const api = window.ardiffStudio, studio = api.studio;
-const { makePlan, planCounts, gapMeaning, context, drawFrame, drawMap, themeColour, mapSvg, mapPng } = api;
+const { makePlan, planCounts, gapMeaning, context, drawFrame, drawMap, themeColour, redrawOnResize, mapSvg, mapPng } = api;
 
 const ROWS = 4;
 const PAST_SIDE = 96, PAST_FRAMES = 24, PAST_BYTES = 40e6;
@@ -57,7 +57,7 @@ class Stage {
     this.find(".ar-png").addEventListener("click", async () => save(await mapPng(this.plan), "noise-map.png"));
     this.setPlaying(this.playing);
     watch("value", () => this.receive(props.value));
-    new ResizeObserver(() => this.draw()).observe(this.find(".ar-scroll"));
+    redrawOnResize(this.find(".ar-scroll"), () => this.draw());
     new MutationObserver(() => this.draw()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
     this.receive(props.value);
     requestAnimationFrame((now) => this.play(now));
