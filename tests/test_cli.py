@@ -218,7 +218,6 @@ def test_evaluate_with_another_commit_timestep(model, tmp_path, capsys):
     capsys.readouterr()
     refused = error_of(capsys, "evaluate", "--model", model, *short, "--commit-timestep", 1000)
     assert "`commit_timestep` must be in [0, 999] but is 1000" in refused
-    assert "`--data`" in error_of(capsys, "evaluate", "--data", "scenes", "--commit-timestep", 80)
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------

@@ -75,23 +75,16 @@ def run_evaluate(args: argparse.Namespace) -> None:
     check_output(args.out, (".json",))
     hide_loading_bar()
     if args.data is not None:
-        if args.commit_timestep is not None:
-            raise ValueError("`--commit-timestep` must not be given with `--data`, which takes the model as it is.")
         run_evaluate_set(args)
         return
     if args.i3d or args.videomae or args.inception or args.videos:
         raise ValueError("`--data` must name the real clips for `--i3d`, `--videomae`, `--inception` and `--videos`.")
 
     from ardiff.evaluation.report import evaluate, format_report
-    from ardiff.pipelines.loading import choose_device, find_model, load_pipeline
-    from ardiff.schedulers.scheduling_ad import ADScheduler
+    from ardiff.pipelines.loading import choose_device, find_model
 
-    model = find_model(args.model)
-    if args.commit_timestep is not None:
-        model = load_pipeline(args.model, device=args.device)
-        model.scheduler = ADScheduler.from_config(model.scheduler.config, commit_timestep=args.commit_timestep)
     report = evaluate(
-        model,
+        find_model(args.model),
         scenes=args.scenes,
         num_clips=args.num_clips,
         seed=args.seed,
@@ -99,6 +92,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         prediction_gaps=args.prediction_gaps or [5],
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
+        commit_timestep=args.commit_timestep,
         dtype=args.dtype,
         batch_size=args.batch_size,
         bootstrap=args.bootstrap,
@@ -126,6 +120,7 @@ def run_evaluate_set(args: argparse.Namespace) -> None:
         prediction_gaps=args.prediction_gaps or [],
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
+        commit_timestep=args.commit_timestep,
         dtype=args.dtype,
         bootstrap=args.bootstrap,
     )

@@ -40,7 +40,7 @@ from ardiff.evaluation.prediction import (
     new_frames_ssim,
 )
 from ardiff.evaluation.report import format_table, write_json
-from ardiff.evaluation.sampling import Request, Sampler
+from ardiff.evaluation.sampling import Request, Sampler, model_name, open_pipeline
 from ardiff.pipelines.pipeline_ardiff import ARDiffPipeline
 
 
@@ -62,6 +62,7 @@ class Protocol:
         seed: of the clips and the noise, in [0, 2_000].
         gaps, prediction_gaps: `ar_step` of the samples, and of continuations of the first 4 frames of real clips.
         num_inference_steps, guidance_scale: as in `ARDiffPipeline.stream`.
+        commit_timestep: as in `ADScheduler`; None = the model's own, which the report names.
         dtype: "float32", or "bfloat16": the pipeline runs under autocast.
         bootstrap: drawn pairs of sets for an interval, >= 2; 0 = no intervals.
     """
@@ -78,6 +79,7 @@ class Protocol:
     prediction_gaps: Sequence[int] = ()
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
+    commit_timestep: int | None = None
     dtype: str = "float32"
     bootstrap: int = 100
 
@@ -212,8 +214,7 @@ def evaluate_set(
     for name, value in (("batch_size", batch_size), ("processes", processes)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1 but is {value}.")
-    pipe = model if isinstance(model, ARDiffPipeline) else ARDiffPipeline.from_pretrained(model, dtype=torch.float32)
-    pipe.to(device)
+    pipe = open_pipeline(model, device, protocol.commit_timestep)
     protocol.check(pipe)
     size = protocol.size or pipe.image_size
     networks: list[FeatureNetwork] = [AutoencoderClips(pipe.vae), AutoencoderFrames(pipe.vae)]
@@ -227,9 +228,10 @@ def evaluate_set(
         network.check(protocol.num_frames)
     real = RealClips(protocol, protocol.data, size)
     report = {
-        "model": (pipe.name_or_path or "pipeline") if model is pipe else str(model),
+        "model": model_name(model),
         "settings": asdict(protocol)
-        | {"gaps": list(protocol.gaps), "prediction_gaps": list(protocol.prediction_gaps), "size_px": size},
+        | {"gaps": list(protocol.gaps), "prediction_gaps": list(protocol.prediction_gaps), "size_px": size}
+        | {"commit_timestep": pipe.scheduler.config.commit_timestep},
         "networks": {network.key: network.origin for network in networks},
     }
 

@@ -29,6 +29,7 @@ from ardiff.evaluation.prediction import (
     measure_prediction,
     render_excerpts,
 )
+from ardiff.evaluation.sampling import model_name, open_pipeline
 from ardiff.pipelines.pipeline_ardiff import ARDiffPipeline
 
 
@@ -47,6 +48,7 @@ def evaluate(
     prediction_gaps: Sequence[int] = (5,),
     num_inference_steps: int = 50,
     guidance_scale: float = 1.0,
+    commit_timestep: int | None = None,
     dtype: str = "float32",
     batch_size: int = 64,
     bootstrap: int = 100,
@@ -66,6 +68,7 @@ def evaluate(
         gaps: timestep gaps of the samples from nothing, in [0, `num_inference_steps`].
         prediction_gaps: timestep gaps of the continuations.
         guidance_scale: in [1, 20].
+        commit_timestep: as in `ADScheduler`; None = the model's own.
         dtype: "float32", or "bfloat16": generation (not the autoencoder's figures) runs under autocast.
         batch_size: clips at once, >= 1.
         bootstrap: drawn pairs of sets for the intervals of distances over all scenes, >= 2; 0 = no intervals.
@@ -76,8 +79,7 @@ def evaluate(
     Raises:
         ValueError: an argument is out of its range, or the model does not know a scene.
     """
-    pipe = model if isinstance(model, ARDiffPipeline) else ARDiffPipeline.from_pretrained(model, dtype=torch.float32)
-    pipe.to(device)
+    pipe = open_pipeline(model, device, commit_timestep)
     if scenes is None or list(scenes) == ["all"]:
         scenes = [scene for scene in SCENES if scene in pipe.class_names]
     settings = Settings(
@@ -95,7 +97,7 @@ def evaluate(
     settings.check(pipe)
     strips = SampleStrips()
     report = {
-        "model": (pipe.name_or_path or "pipeline") if model is pipe else str(model),
+        "model": model_name(model),
         "settings": {key: value for key, value in asdict(settings).items() if key != "batch_size"}
         | {"num_frames": NUM_FRAMES, "num_prompt_frames": NUM_PROMPT_FRAMES, "image_size_px": pipe.image_size}
         | {"commit_timestep": pipe.scheduler.config.commit_timestep},

@@ -17,6 +17,27 @@ from diffusers.utils.logging import disable_progress_bar
 
 from ardiff.evaluation.prediction import run_pipeline
 from ardiff.pipelines.pipeline_ardiff import ARDiffPipeline
+from ardiff.schedulers.scheduling_ad import ADScheduler
+
+
+def open_pipeline(
+    model: str | os.PathLike | ARDiffPipeline, device: str | torch.device, commit_timestep: int | None = None
+) -> ARDiffPipeline:
+    """The pipeline to measure, in float32 unless it was given as one, on `device`.
+
+    With a `commit_timestep` in [0, 999] for the model's own, it is a new one of the same parts: one that was given keeps its own.
+    """
+    pipe = model if isinstance(model, ARDiffPipeline) else ARDiffPipeline.from_pretrained(model, dtype=torch.float32)
+    pipe.to(device)
+    if commit_timestep is None:
+        return pipe
+    scheduler = ADScheduler.from_config(pipe.scheduler.config, commit_timestep=commit_timestep)
+    return ARDiffPipeline(**{**pipe.components, "scheduler": scheduler})
+
+
+def model_name(model: str | os.PathLike | ARDiffPipeline) -> str:
+    """What a report says of the model that was measured."""
+    return (model.name_or_path or "pipeline") if isinstance(model, ARDiffPipeline) else str(model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +70,8 @@ class Request:
 class Sampler:
     """Runs requests in order: here, or in processes that each load the model; "cuda" gives them the GPUs in turn.
 
+    The processes show finished frames as noisy as `pipe` does; all else is as `model` is stored.
+
     A context manager: leaving it ends the processes.
 
     Raises:
@@ -66,7 +89,9 @@ class Sampler:
         context = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload([__name__])
-        arguments = str(model), str(pipe.device), max(torch.get_num_threads() // processes, 1), context.Value("i", 0)
+        num_threads = max(torch.get_num_threads() // processes, 1)
+        commit_timestep = pipe.scheduler.config.commit_timestep
+        arguments = str(model), str(pipe.device), commit_timestep, num_threads, context.Value("i", 0)
         self.pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=arguments)
 
     def __enter__(self) -> "Sampler":
@@ -94,7 +119,7 @@ class Sampler:
 _own: ARDiffPipeline | None = None  # of this process
 
 
-def _start(model: str, device: str, num_threads: int, counter: object) -> None:
+def _start(model: str, device: str, commit_timestep: int, num_threads: int, counter: object) -> None:
     global _own
     disable_progress_bar()
     torch.set_num_threads(num_threads)
@@ -103,7 +128,7 @@ def _start(model: str, device: str, num_threads: int, counter: object) -> None:
         counter.value += 1
     if torch.device(device).type == "cuda":
         device = f"cuda:{number % torch.cuda.device_count()}"
-    _own = ARDiffPipeline.from_pretrained(model, dtype=torch.float32).to(device)
+    _own = open_pipeline(model, device, commit_timestep)
 
 
 def _run(request: Request) -> tuple[np.ndarray, int]:

@@ -193,11 +193,24 @@ def test_videos_against_a_set_from_the_command_line(tiny_pipeline, folder, tmp_p
 
 def test_processes_change_nothing(tiny_pipeline, protocol, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "model")
-    one = measure(tmp_path / "model", dataclasses.replace(protocol, gaps=(1,), num_clips=5))
-    two = measure(tmp_path / "model", dataclasses.replace(protocol, gaps=(1,), num_clips=5), processes=2)
-    assert two == one
+    # With a commit timestep that is not the model's own: the processes load the model and must hear of it.
+    settings = dataclasses.replace(protocol, gaps=(1,), num_clips=5, commit_timestep=500)
+    assert measure(tmp_path / "model", settings, processes=2) == measure(tmp_path / "model", settings)
     with pytest.raises(ValueError, match="`model` must be a folder or a Hub id for more than one process"):
         measure(ARDiffPipeline.from_pretrained(tmp_path / "model"), protocol, processes=2)
+
+
+def test_another_commit_timestep(tiny_pipeline, protocol):
+    own = dataclasses.replace(protocol, gaps=(2,))
+    noisy = dataclasses.replace(own, commit_timestep=500)
+    before = measure(tiny_pipeline, own)
+    one = measure(tiny_pipeline, noisy)
+    assert [report["settings"]["commit_timestep"] for report in (before, one)] == [0, 500]
+    assert one["samples"]["gaps"] != before["samples"]["gaps"]
+    assert one["real"] == before["real"]
+    assert tiny_pipeline.scheduler.config.commit_timestep == 0
+    with pytest.raises(ValueError, match=r"`commit_timestep` must be in \[0, 999\] but is 1000"):
+        measure(tiny_pipeline, dataclasses.replace(own, commit_timestep=1000))
 
 
 @pytest.mark.parametrize(
