@@ -24,20 +24,28 @@ LOADED_MODELS = 2
 
 @dataclass
 class Cost:
-    """Seconds per model call and per frame evaluation, measured here: what the page's estimate is made of."""
+    """Seconds per model call and per frame evaluation: what the page's estimate is made of, once they are `measured`.
+
+    Until then they are a guess, for what cannot do without one.
+    """
 
     call: float = 0.02
     frame: float = 0.004
     preview: float | None = None
+    measured: bool = False
+
+    def record(self, call: float, frame: float) -> None:
+        self.call, self.frame, self.measured = call, frame, True
 
     def seconds(self, calls: float, evaluations: float, guided: bool) -> float:
         return calls * self.call + evaluations * self.frame * (2 if guided else 1)
 
     def learn(self, predicted: float, measured: float) -> None:
-        """Move both figures half-way towards what a whole run took."""
-        factor = float(np.clip(measured / max(predicted, 1e-6), 0.2, 5.0)) ** 0.5
-        self.call *= factor
-        self.frame *= factor
+        """Move both figures half-way towards what a whole run took; a guess all the way."""
+        factor = measured / max(predicted, 1e-6)
+        if self.measured:
+            factor = float(np.clip(factor, 0.2, 5.0)) ** 0.5
+        self.record(self.call * factor, self.frame * factor)
 
 
 @dataclass(frozen=True)
@@ -118,12 +126,14 @@ class LoadedModel:
     def facts(self) -> dict[str, Any]:
         """What the browser needs to judge a plan: what the model can do, and its seconds per call and frame evaluation."""
         return {
+            "name": self.name,
             "window": self.window,
             "shortest": self.pipeline.min_frames,
             "whole_window": self.whole_window,
             "always_guided": self.pipeline.is_guided(2.0, False),
             "call": self.cost.call,
             "frame": self.cost.frame,
+            "measured": self.cost.measured,
             "memory": vars(self.memory),
         }
 

@@ -552,7 +552,7 @@ class Session:
             stream, begun = model.pipeline.stream(**self.arguments(request)), time.monotonic()
             next(stream)
             stream.close()
-            model.cost.call, model.cost.frame = 0.0, (time.monotonic() - begun) / model.window
+            model.cost.record(0.0, (time.monotonic() - begun) / model.window)
             return
         scene = next(iter(model.scenes), None)
         medians = []
@@ -563,7 +563,7 @@ class Session:
             medians.append(float(np.median(np.diff(marks[:-1]))))
         evaluations = 8 * (1 + (scene is not None))
         frame = max((medians[1] - medians[0]) / evaluations, medians[1] / (30 * evaluations))
-        model.cost.frame, model.cost.call = frame, max(medians[0] - evaluations / 2 * frame, medians[0] / 10)
+        model.cost.record(max(medians[0] - evaluations / 2 * frame, medians[0] / 10), frame)
 
     def _on_worker(self, call: Callable[[], Any]) -> Any:
         """Run a short `call` on the model's thread: between two iterations when a run is under way."""

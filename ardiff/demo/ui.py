@@ -144,7 +144,7 @@ class Studio:
         except ValueError as error:
             yield self._outputs(idle_value("Please change something", plain(error), "failed"), seed=seed)
             return
-        facts = self.session.models.get(requests[0][1].model).facts()
+        facts = self.session.models.get(requests[0][1].model).facts
         for row, (name, request) in enumerate(requests):
             events = runs.pop() if runs else self.session.run(request, visitor())
             last = row == len(requests) - 1
@@ -242,7 +242,7 @@ class Studio:
             recovered = self.session.store.recover(run_id)
         except ValueError as error:
             return idle_value("That run is gone", plain(error), "failed"), gr.skip(), gr.skip()
-        facts = self.session.models.get(recovered.request.model).facts()
+        facts = self.session.models.get(recovered.request.model).facts
         view = RunView(recovered.request, facts, row=gap_words(recovered.request.ar_step))
         view.run_id = run_id
         view.show_again(recovered.frames)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,17 @@ class RunView:
     """The page's picture of one run, kept up to date event by event.
 
     Args:
-        request: what runs. facts: the model's figures that the browser estimates with.
+        request: what runs. facts: gives the model's figures that the browser estimates with; a run makes them better.
         row: the run's name when several are shown. keep_rows: earlier runs stay on the stage, above this one.
     """
 
     def __init__(
-        self, request: GenerationRequest, facts: Mapping[str, float], *, row: str = "", keep_rows: bool = False
+        self,
+        request: GenerationRequest,
+        facts: Callable[[], dict[str, Any]],
+        *,
+        row: str = "",
+        keep_rows: bool = False,
     ) -> None:
         count = request.num_frames
         self.request, self.facts, self.row, self.keep_rows = request, facts, row, keep_rows
@@ -167,7 +172,7 @@ class RunView:
             "levels": list(self.levels),
             "pics": list(self.pics),
             "rev": list(self.rev),
-            "model": dict(self.facts),
+            "model": self.facts(),
         }
 
 

@@ -141,8 +141,9 @@ def test_a_model_without_a_frame_cache_says_so_and_what_it_costs(browser, tiny_p
         plan = ad_schedule(4, 10, 10).numpy()
         assert first.evaluations(plan).sum() == 40 * WINDOW
         assert site.session.models.get("cached").evaluations(plan).sum() == 40
+        page.locator(".ar-sentence", has_text="how long is not measured yet").wait_for()
         # The page's estimate is the session's.
-        first.cost.call, first.cost.frame = 0.0, 60 * 7 / (40 * WINDOW * 2)
+        first.cost.record(0.0, 60 * 7 / (40 * WINDOW * 2))
         page.reload()
         settle(page, length=4, steps=10, gap=10, seed=7)
         page.locator(".ar-sentence", has_text="about 7 min on this device").wait_for()
@@ -160,6 +161,8 @@ def test_a_model_without_a_frame_cache_says_so_and_what_it_costs(browser, tiny_p
             seed=7,
         )
         np.testing.assert_array_equal(shown_frames(page), frames)
+        # The run took seconds and not minutes, and the page has heard of it.
+        page.wait_for_function("document.querySelector('.ar-sentence').textContent.endsWith('about 3 min.')")
 
 
 def test_a_video_shorter_than_the_window_is_refused_where_it_must_be():

@@ -41,7 +41,7 @@ ALL_COUNTS = """(grid) => grid.map(([frames, steps, gap, prompts]) => {
 })"""
 SENTENCE = """([frames, steps, gap, prompts]) => {
     const s = window.ardiffStudio;
-    return s.planSentence(s.makePlan(frames, steps, gap, prompts), true, { window: 16, call: 0.1, frame: 0.001 });
+    return s.planSentence(s.makePlan(frames, steps, gap, prompts), true, { window: 16, call: 0.1, frame: 0.001, measured: true });
 }"""
 
 
@@ -86,6 +86,8 @@ def test_the_sentence_in_words(page):
     assert page.evaluate(SENTENCE, [16, 50, 5, 0])["text"] == (
         "125 model calls, first new frame after call 50, at most 10 frames in flight, about 14 s."
     )
+    unmeasured = page.evaluate(SENTENCE.replace("measured: true", "measured: false"), [16, 50, 5, 0])
+    assert unmeasured["text"].endswith("at most 10 frames in flight; how long is not measured yet.")
     assert "one frame in flight" in page.evaluate(SENTENCE, [16, 50, 50, 0])["text"]
     assert not page.evaluate(SENTENCE, [4, 50, 5, 4])["ok"]
 
@@ -99,7 +101,7 @@ def test_memory(page, tiny_pipeline):
         for settings, needed in zip(GRID, found, strict=True):
             assert needed == model.run_memory(schedule(*settings).numpy(), settings[3], guided), settings
     words = page.evaluate(
-        SENTENCE.replace("frame: 0.001", "frame: 0.001, memory: { packed: 0, cache: 2e9, frame: 0, decoded: 0 }"),
+        SENTENCE.replace("measured: true", "measured: true, memory: { packed: 0, cache: 2e9, frame: 0, decoded: 0 }"),
         [16, 50, 5, 0],
     )
     assert words["text"].endswith("in flight, about 3.7 GB of memory, about 14 s.")

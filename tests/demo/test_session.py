@@ -323,7 +323,7 @@ def test_a_run_ends_when_its_time_is_up_and_keeps_what_had_finished(slow, monkey
     assert (last.stopped, last.limit) == (True, 1)
     assert 0 < last.num_frames < 16
     np.testing.assert_array_equal(frames_of(events), expected(slow, request)[: last.num_frames])
-    view = RunView(request, slow.first.facts())
+    view = RunView(request, slow.first.facts)
     view.absorb(last)
     assert view.message.startswith("A run may take 1.0 s here. The ")
     assert list(slow.run(GenerationRequest(**SMALL)))[-1].limit is None

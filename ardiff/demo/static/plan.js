@@ -100,7 +100,9 @@ function planSentence(plan, guided, model) {
   return {
     ok: true,
     text: counts.iterations + " model calls, first new frame after call " + counts.firstFrameIteration + ", " + flight +
-      (model.memory ? ", " + memoryWords(runMemory(plan, guided, model)) : "") + ", " + duration(seconds) + (seconds > LONG_SECONDS ? " on this device: fewer steps or frames take less." : "."),
+      (model.memory ? ", " + memoryWords(runMemory(plan, guided, model)) : "") +
+      (!model.measured ? "; how long is not measured yet."
+        : ", " + duration(seconds) + (seconds > LONG_SECONDS ? " on this device: fewer steps or frames take less." : ".")),
   };
 }
 
@@ -299,7 +301,7 @@ async function mapPng(plan) {
 /* ---- The controls and the planned map under them ---------------------------------------------------------------- */
 
 const studio = api.studio = {
-  model: { window: 16, call: 0.02, frame: 0.004 }, planView: null, stage: null, controls: null, drawn: null, ahead: 0, later: 0, echoes: new Set(),
+  model: { window: 16, call: 0, frame: 0, measured: false }, planView: null, stage: null, controls: null, drawn: null, ahead: 0, later: 0, echoes: new Set(),
   asked: {}, promptWords: [],
 };
 

@@ -83,13 +83,20 @@ class Stage {
       this.stats.bytes += (value.pics || []).reduce((sum, picture, frame) =>
         sum + (this.asked[frame] === value.rev[frame] ? 0 : picture.length), 0);
     }
-    if (value.model) { studio.model = value.model; }
+    if (value.model) this.learn(value.model);
     if (value.run) this.plan = makePlan(value.frames, value.steps, value.gap, value.prompts);
     document.documentElement.dataset.ardiffPhase = value.phase;
     (value.pics || []).forEach((picture, frame) => this.decode(picture, frame));
     this.draw();
     if (value.run) this.stats.drawn++;
     document.dispatchEvent(new CustomEvent("ardiff:run", { detail: value }));
+  }
+
+  /* A run measures its model: the estimate of the next one is better, as long as that is of the same model. */
+  learn(model) {
+    if (model.name !== studio.model.name || JSON.stringify(model) === JSON.stringify(studio.model)) return;
+    studio.model = model;
+    if (studio.planView) studio.planView();
   }
 
   /* Another run comes onto the stage: the one before becomes a row, or is forgotten. */
@@ -306,7 +313,8 @@ class Stage {
     this.map.style.width = width + "px";
     drawMap(this.map, this.plan, {
       width, height: this.map.clientHeight, column, left: (frame) => frame * step,
-      now: this.value && this.value.run ? this.value.iteration : null, window: studio.model.window,
+      now: this.value && this.value.run ? this.value.iteration : null,
+      window: (this.value && this.value.model || studio.model).window,
       accent: themeColour(this.root, "--ar-accent-line"), veil: themeColour(this.root, "--ar-veil"),
     });
     this.follow(step);
