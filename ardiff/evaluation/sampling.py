@@ -4,6 +4,7 @@ What is generated together is fixed by the requests, and every video has a seed 
 """
 
 import collections
+import copy
 import itertools
 import multiprocessing
 import os
@@ -25,14 +26,14 @@ def open_pipeline(
 ) -> ARDiffPipeline:
     """The pipeline to measure, in float32 unless it was given as one, on `device`.
 
-    With a `commit_timestep` in [0, 999] for the model's own, it is a new one of the same parts: one that was given keeps its own.
+    With a `commit_timestep` in [0, 999] for the model's own, it is a copy that shares its parts: one that was given keeps its own.
     """
     pipe = model if isinstance(model, ARDiffPipeline) else ARDiffPipeline.from_pretrained(model, dtype=torch.float32)
     pipe.to(device)
-    if commit_timestep is None:
-        return pipe
-    scheduler = ADScheduler.from_config(pipe.scheduler.config, commit_timestep=commit_timestep)
-    return ARDiffPipeline(**{**pipe.components, "scheduler": scheduler})
+    if commit_timestep is not None:
+        pipe = copy.copy(pipe)
+        pipe.scheduler = ADScheduler.from_config(pipe.scheduler.config, commit_timestep=commit_timestep)
+    return pipe
 
 
 def model_name(model: str | os.PathLike | ARDiffPipeline) -> str:

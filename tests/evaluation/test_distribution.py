@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_original import build
 from torch import nn
 
 from ardiff import ARDiffPipeline, cli
@@ -17,6 +18,7 @@ from ardiff.evaluation.distribution import Protocol, RealClips, evaluate_set, fo
 from ardiff.evaluation.features import clip_features
 from ardiff.evaluation.frechet import frechet_distance
 from ardiff.evaluation.prediction import psnr
+from ardiff.evaluation.sampling import open_pipeline
 
 
 CLASSES = ("balls", "clouds", "sunset")
@@ -211,6 +213,15 @@ def test_another_commit_timestep(tiny_pipeline, protocol):
     assert tiny_pipeline.scheduler.config.commit_timestep == 0
     with pytest.raises(ValueError, match=r"`commit_timestep` must be in \[0, 999\] but is 1000"):
         measure(tiny_pipeline, dataclasses.replace(own, commit_timestep=1000))
+
+
+def test_another_commit_timestep_leaves_a_pipeline_of_its_kind(tmp_path):
+    build(compat=True).save_pretrained(tmp_path)
+    given = ARDiffPipeline.from_pretrained(tmp_path)
+    opened = open_pipeline(given, "cpu", 80)
+    assert (type(opened), opened.config.compat, opened.name_or_path) == (type(given), True, str(tmp_path))
+    assert (opened.scheduler.config.commit_timestep, given.scheduler.config.commit_timestep) == (80, 0)
+    assert opened.transformer is given.transformer
 
 
 @pytest.mark.parametrize(
