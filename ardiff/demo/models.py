@@ -40,9 +40,9 @@ class Cost:
     def seconds(self, calls: float, evaluations: float, guided: bool) -> float:
         return calls * self.call + evaluations * self.frame * (2 if guided else 1)
 
-    def learn(self, predicted: float, measured: float) -> None:
+    def learn(self, predicted: float, taken: float) -> None:
         """Move both figures half-way towards what a whole run took; a guess all the way."""
-        factor = measured / max(predicted, 1e-6)
+        factor = taken / max(predicted, 1e-6)
         if self.measured:
             factor = float(np.clip(factor, 0.2, 5.0)) ** 0.5
         self.record(self.call * factor, self.frame * factor)
